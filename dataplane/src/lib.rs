@@ -1,1 +1,19 @@
-//! To be written.
+//! The packet engine.
+//!
+//! A packet is handled on one core, start to end, by one loop (`worker`):
+//!
+//! ```text
+//! port.receive -> packet::parse -> classify -> flow lookup -> (miss: schedule, bind NAT)
+//!              -> rewrite -> Verdict -> port.transmit | punt | reject | drop | hand over
+//! ```
+//!
+//! This crate knows no Kubernetes, no async runtime and no files but the flow slab. Which module may
+//! use which is written down in `tests/layering.rs`.
+
+#![warn(missing_docs)]
+
+pub mod command;
+pub mod device;
+pub mod net;
+pub mod steer;
+pub mod time;
