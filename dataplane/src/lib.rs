@@ -15,5 +15,6 @@
 pub mod command;
 pub mod device;
 pub mod net;
+pub mod snapshot;
 pub mod steer;
 pub mod time;
