@@ -13,8 +13,10 @@
 #![warn(missing_docs)]
 
 pub mod command;
+pub mod counters;
 pub mod device;
 pub mod net;
+pub mod schedule;
 pub mod snapshot;
 pub mod steer;
 pub mod time;
