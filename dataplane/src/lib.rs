@@ -15,7 +15,10 @@
 pub mod command;
 pub mod counters;
 pub mod device;
+pub mod flow;
+pub mod nat;
 pub mod net;
+pub mod packet;
 pub mod schedule;
 pub mod snapshot;
 pub mod steer;
