@@ -43,6 +43,7 @@ struct frontend_key {
 	__u8 reserved;
 };
 
+/* Values of `tuples`; a worker's region is config.buckets_per_worker of them. */
 struct bucket {
 	__u64 fingerprints[TUPLES_PER_BUCKET];
 };
@@ -69,6 +70,7 @@ enum counter {
 	COUNTER_STEERED_INGRESS,
 	COUNTER_STEERED_EGRESS,
 	COUNTER_PASSED_FRAGMENT,	/* to a frontend's address, given to the kernel */
+	COUNTER_PASSED_UNPARSABLE,	/* IP, but truncated or with too many extension headers */
 	COUNTER_HELD_FRONTEND,		/* stale engine, no mirror: dropped */
 	COUNTER_HELD_TUPLE,		/* stale engine: packet of a known flow dropped */
 	COUNTER_CLEARED_TUPLE,		/* stale engine: a SYN freed the tuple */
@@ -108,6 +110,8 @@ enum counter {
  *     NEIGH    bpf_redirect_neigh(ifindex): the kernel's FIB and neighbours fill the header
  *
  * ACTION_MARK sets config.mark on the packet; our hook at the target clears it and passes.
+ * It is ignored where `devices` says that the target has no hook of ours on that side.
+ * REENTER, PEER and OUT need the target's entry in `devices`.
  */
 #define COMMAND_PREFIX 0x06
 #define HOST_PREFIX 0x02

@@ -4,7 +4,8 @@
  *
  * The same layout and arithmetic stand in Rust: net::Tuple, steer::owner and
  * steer::fingerprint. A test compares sizes, offsets and hash values.
- * IPv4 addresses are written as IPv4-mapped IPv6 (::ffff:a.b.c.d).
+ * IPv4 addresses are written as IPv4-mapped IPv6 (::ffff:a.b.c.d). Words are
+ * loaded as the machine has them, so the programs are for little-endian machines.
  */
 #ifndef SLUICE_TUPLE_H
 #define SLUICE_TUPLE_H
@@ -25,7 +26,7 @@ struct tuple {
 	__u8 protocol;
 	__u8 direction;		/* enum direction: keeps the two apart in `tuples` */
 	__u8 reserved[2];	/* zero */
-};
+} __attribute__((aligned(8)));
 
 #define OWNER_MULTIPLIER_A 0x9E3779B97F4A7C15ULL
 #define OWNER_MULTIPLIER_B 0xBF58476D1CE4E5B9ULL
