@@ -16,4 +16,5 @@ pub mod command;
 pub mod device;
 pub mod net;
 pub mod steer;
+mod sys;
 pub mod time;
