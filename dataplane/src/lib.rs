@@ -22,4 +22,5 @@ pub mod packet;
 pub mod schedule;
 pub mod snapshot;
 pub mod steer;
+mod sys;
 pub mod time;

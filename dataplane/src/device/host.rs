@@ -1,1 +1,669 @@
-//! To be written.
+//! The host port: a persistent multi-queue TAP device, one queue for each worker.
+//!
+//! `HostPortDevice` makes the device in the kernel and is used at start; `HostPort` is one queue of
+//! it and moves packets. Each packet has a vnet header in front: super-packets and partial
+//! checksums cross whole. What the Ethernet header means is `command`'s matter, not ours. A buffer:
+//!
+//! ```text
+//! 0          HEADROOM   FRAME_OFFSET
+//! | headroom | vnet 10  | Ethernet frame, up to 64 KiB |
+//! ```
+//!
+//! A frame that goes back out is written from where it lies, its vnet header in front. Rule to
+//! keep: a buffer is in exactly one place (`sys::chunks`), and every path returns it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::{BATCH, Batch, Device, Frame, Full, VnetHeader};
+use crate::net::MacAddr;
+use crate::sys::chunks::Chunks;
+use crate::sys::tun;
+use crate::time::{Clock, Duration, MonotonicClock};
+
+/// What the host port is to be.
+#[derive(Clone, Debug)]
+pub struct HostPortConfig {
+    /// Name of the device.
+    pub name: String,
+    /// How many queues, one for each worker.
+    pub queues: u16,
+    /// MTU of the device: what host processes may send into it.
+    pub mtu: u32,
+    /// Buffers of 64 KiB for each queue.
+    pub buffers: u32,
+    /// How packets are read and written.
+    pub io: IoPreference,
+}
+
+impl Default for HostPortConfig {
+    fn default() -> Self {
+        Self {
+            name: "sluice0".to_owned(),
+            queues: 1,
+            mtu: 1500,
+            buffers: 256,
+            io: IoPreference::Uring,
+        }
+    }
+}
+
+/// How packets are to be read and written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoPreference {
+    /// io_uring, and plain calls where the kernel refuses it.
+    Uring,
+    /// Plain `read` and `write`.
+    ReadWrite,
+}
+
+/// How packets are read and written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoKind {
+    /// Multishot reads into a buffer ring, batched fixed writes.
+    Uring,
+    /// A system call for each packet.
+    ReadWrite,
+}
+
+impl IoKind {
+    /// The word that `status` and metrics show.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Uring => "io_uring",
+            Self::ReadWrite => "read_write",
+        }
+    }
+}
+
+/// Why there is no host port.
+#[derive(Debug, thiserror::Error)]
+pub enum HostPortError {
+    /// The file is missing or closed to us.
+    #[error(
+        "/dev/net/tun cannot be opened: {0}; load the module `tun`, or give the container the device"
+    )]
+    NoTun(#[source] io::Error),
+    /// The kernel asks for a privilege.
+    #[error("the device {name} cannot be set up without CAP_NET_ADMIN: {source}")]
+    NotPermitted {
+        /// The device.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A foreign device has the name.
+    #[error("a device named {name} exists and is not a multi-queue TAP; remove or rename it")]
+    NameTaken {
+        /// The device.
+        name: String,
+    },
+    /// Another process has it open.
+    #[error("the device {name} is in use: another process holds {queues} of its queues")]
+    InUse {
+        /// The device.
+        name: String,
+        /// How many of its queues.
+        queues: u32,
+    },
+    /// Any other refusal.
+    #[error("the device {name} cannot be set up: {what}: {source}")]
+    Setup {
+        /// The device.
+        name: String,
+        /// Which step.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The TAP device as the kernel has it. Dropping it removes nothing.
+#[derive(Debug)]
+pub struct HostPortDevice {
+    config: HostPortConfig,
+    ifindex: u32,
+    offload: tun::Offload,
+    queues: Vec<OwnedFd>,
+    control: OwnedFd,
+}
+
+impl HostPortDevice {
+    /// Makes the device, or takes over the one that an earlier process left, with all its queues,
+    /// and brings it up.
+    ///
+    /// # Errors
+    /// The privilege or `/dev/net/tun` is missing, the name is taken, another process uses it.
+    pub fn create(config: HostPortConfig) -> Result<Self, HostPortError> {
+        wait_until_unused(&config.name)?;
+        let mut queues = Vec::new();
+        for _ in 0..config.queues.max(1) {
+            let queue = tun::open().map_err(HostPortError::NoTun)?;
+            tun::attach(&queue, &config.name).map_err(|e| attach_error(&config.name, e))?;
+            queues.push(queue);
+        }
+        let step = |what| {
+            let name = config.name.clone();
+            move |source| HostPortError::Setup { name, what, source }
+        };
+        let first = &queues[0];
+        tun::set_persistent(first).map_err(step("making it persistent"))?;
+        let offload = tun::set_offload(first).map_err(step("switching offloads on"))?;
+        let control = tun::duplicate(first).map_err(step("duplicating a queue"))?;
+        let link = tun::link(&config.name).map_err(step("looking it up"))?;
+        let ifindex = link
+            .ok_or(io::ErrorKind::NotFound.into())
+            .map_err(step("looking it up"))?
+            .ifindex;
+        let settings = tun::Settings {
+            mac: MAC.0,
+            mtu: config.mtu,
+            queue_length: QUEUE_LENGTH,
+        };
+        tun::configure(ifindex, &settings).map_err(step("setting it up"))?;
+        Ok(Self {
+            ifindex,
+            offload,
+            queues,
+            control,
+            config,
+        })
+    }
+
+    /// Removes the device of this name if it is one of ours; whether there was one.
+    ///
+    /// # Errors
+    /// The name belongs to a foreign device, or the kernel refuses.
+    pub fn remove(name: &str) -> Result<bool, HostPortError> {
+        let failed = |source| HostPortError::Setup {
+            name: name.to_owned(),
+            what: "removing it",
+            source,
+        };
+        match tun::link(name).map_err(failed)? {
+            None => Ok(false),
+            Some(link) if !link.is_multi_queue_tap => Err(HostPortError::NameTaken {
+                name: name.to_owned(),
+            }),
+            Some(link) => tun::delete(link.ifindex)
+                .map(|()| true)
+                .map_err(|e| not_permitted_or(name, e, failed)),
+        }
+    }
+
+    /// The ports, one for each queue in the order of the workers. The second call returns none.
+    ///
+    /// # Errors
+    /// There is no memory for the buffers.
+    pub fn take_ports(&mut self) -> Result<Vec<HostPort>, HostPortError> {
+        let name = &self.config.name;
+        self.queues
+            .drain(..)
+            .map(|queue| {
+                HostPort::new(queue, &self.config).map_err(|source| HostPortError::Setup {
+                    name: name.clone(),
+                    what: "allocating buffers",
+                    source,
+                })
+            })
+            .collect()
+    }
+
+    /// Lets a program choose the queue of each packet.
+    ///
+    /// # Errors
+    /// The program is no socket filter, or the kernel refuses it.
+    pub fn set_steering(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        tun::set_steering(&self.control, Some(program))
+    }
+
+    /// Its index.
+    #[must_use]
+    pub const fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// Its Ethernet address.
+    #[must_use]
+    pub const fn mac(&self) -> MacAddr {
+        MAC
+    }
+
+    /// Whether UDP super-packets cross whole too (kernel 6.2 and newer).
+    #[must_use]
+    pub fn takes_udp_segmentation(&self) -> bool {
+        self.offload == tun::Offload::TcpAndUdp
+    }
+}
+
+/// What went through a host port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HostPortCounts {
+    /// Packets read.
+    pub received: u64,
+    /// Packets written.
+    pub transmitted: u64,
+    /// io_uring completions seen, of either kind.
+    pub completions: u64,
+    /// Writes that the kernel refused.
+    pub refused: u64,
+    /// How often the kernel found no buffer to read into.
+    pub starved: u64,
+}
+
+/// One queue of the host port. Only its worker calls it.
+#[derive(Debug)]
+pub struct HostPort {
+    queue: OwnedFd,
+    chunks: Chunks,
+    counts: HostPortCounts,
+}
+
+impl HostPort {
+    fn new(queue: OwnedFd, config: &HostPortConfig) -> io::Result<Self> {
+        Ok(Self {
+            queue,
+            chunks: Chunks::new(config.buffers, STRIDE)?,
+            counts: HostPortCounts::default(),
+        })
+    }
+
+    /// How it reads and writes.
+    #[must_use]
+    pub const fn io(&self) -> IoKind {
+        IoKind::ReadWrite
+    }
+
+    /// What went through.
+    #[must_use]
+    pub const fn counts(&self) -> HostPortCounts {
+        self.counts
+    }
+
+    /// How many buffers are out as `Frame`s.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.chunks.held()
+    }
+
+    fn read_one(&mut self) -> Option<(Frame, VnetHeader)> {
+        let chunk = self.chunks.acquire()?;
+        let room = self.chunks.bytes(chunk, HEADROOM, STRIDE - HEADROOM);
+        let received = rustix::io::read(&self.queue, room).unwrap_or(0);
+        let packet = frame_of(&mut self.chunks, chunk, received);
+        if packet.is_none() {
+            self.chunks.release(chunk);
+        }
+        packet
+    }
+
+    fn write(&mut self, frame: Frame) {
+        let start = frame.offset as usize - VNET_LENGTH;
+        let length = frame.length as usize + VNET_LENGTH;
+        let bytes = self.chunks.bytes(frame.chunk, start, length);
+        match rustix::io::write(&self.queue, bytes) {
+            Ok(_) => self.counts.transmitted += 1,
+            Err(_) => self.counts.refused += 1,
+        }
+        self.chunks.release(frame.chunk);
+    }
+}
+
+impl Device for HostPort {
+    fn receive(&mut self, batch: &mut Batch) -> usize {
+        let mut count = 0;
+        while count < BATCH {
+            let Some(packet) = self.read_one() else {
+                break;
+            };
+            batch.push(packet);
+            count += 1;
+        }
+        self.counts.received += count as u64;
+        count
+    }
+
+    fn bytes<'a>(&'a mut self, frame: &'a Frame) -> &'a mut [u8] {
+        self.chunks
+            .bytes(frame.chunk, frame.offset as usize, frame.length as usize)
+    }
+
+    fn transmit(&mut self, frame: Frame, vnet: &VnetHeader) -> Result<(), Full> {
+        let start = frame.offset as usize - VNET_LENGTH;
+        let header = self.chunks.bytes(frame.chunk, start, VNET_LENGTH);
+        vnet.write_to(header).map_err(|_| Full)?;
+        self.write(frame);
+        Ok(())
+    }
+
+    fn transmit_copy(&mut self, bytes: &[u8], vnet: &VnetHeader) -> Result<(), Full> {
+        if bytes.len() > STRIDE - FRAME_OFFSET {
+            return Err(Full);
+        }
+        let length = u32::try_from(bytes.len()).map_err(|_| Full)?;
+        let chunk = self.chunks.acquire().ok_or(Full)?;
+        self.chunks
+            .bytes(chunk, FRAME_OFFSET, bytes.len())
+            .copy_from_slice(bytes);
+        let frame = Frame {
+            chunk,
+            offset: FRAME_OFFSET as u32,
+            length,
+        };
+        self.transmit(frame, vnet)
+    }
+
+    fn free(&mut self, frame: Frame) {
+        self.chunks.release(frame.chunk);
+    }
+
+    fn flush(&mut self) {}
+
+    fn is_readable(&mut self) -> bool {
+        tun::is_readable(&self.queue)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.queue.as_fd())
+    }
+}
+
+/// The packet in a buffer into which the kernel wrote `received` bytes after the headroom.
+fn frame_of(chunks: &mut Chunks, chunk: u32, received: usize) -> Option<(Frame, VnetHeader)> {
+    let length = u32::try_from(received.checked_sub(VNET_LENGTH)?).ok()?;
+    let header = chunks.bytes(chunk, HEADROOM, VNET_LENGTH);
+    let vnet = VnetHeader::read_from_bytes(header).ok()?;
+    let frame = Frame {
+        chunk,
+        offset: FRAME_OFFSET as u32,
+        length,
+    };
+    Some((frame, vnet))
+}
+
+/// A dead owner's queues stay for some milliseconds, until its io_uring is torn down.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "at start, before any worker runs; there is nothing to wait on"
+)]
+fn wait_until_unused(name: &str) -> Result<(), HostPortError> {
+    let clock = MonotonicClock;
+    let deadline = clock.now() + TAKE_OVER;
+    loop {
+        let link = tun::link(name).map_err(|source| HostPortError::Setup {
+            name: name.to_owned(),
+            what: "looking it up",
+            source,
+        })?;
+        match link {
+            None => return Ok(()),
+            Some(link) if !link.is_multi_queue_tap => {
+                return Err(HostPortError::NameTaken {
+                    name: name.to_owned(),
+                });
+            }
+            Some(link) if link.queues == 0 => return Ok(()),
+            Some(link) if clock.now() > deadline => {
+                return Err(HostPortError::InUse {
+                    name: name.to_owned(),
+                    queues: link.queues,
+                });
+            }
+            Some(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+fn attach_error(name: &str, error: io::Error) -> HostPortError {
+    if error.raw_os_error() == Some(libc::EINVAL) {
+        return HostPortError::NameTaken {
+            name: name.to_owned(),
+        };
+    }
+    not_permitted_or(name, error, |source| HostPortError::Setup {
+        name: name.to_owned(),
+        what: "making it",
+        source,
+    })
+}
+
+fn not_permitted_or(
+    name: &str,
+    source: io::Error,
+    otherwise: impl FnOnce(io::Error) -> HostPortError,
+) -> HostPortError {
+    if source.kind() == io::ErrorKind::PermissionDenied {
+        return HostPortError::NotPermitted {
+            name: name.to_owned(),
+            source,
+        };
+    }
+    otherwise(source)
+}
+
+/// Its prefix tells frames of host processes from steered ones (`command`).
+const MAC: MacAddr = MacAddr([0x02, b's', b'l', b'u', b'c', b'e']);
+const VNET_LENGTH: usize = size_of::<VnetHeader>();
+const HEADROOM: usize = 64;
+const FRAME_OFFSET: usize = HEADROOM + VNET_LENGTH;
+/// 64 KiB and the headers. Not a multiple of 4096, so that the packets' first lines do not all fall
+/// into the same cache sets.
+const STRIDE: usize = 65_536 + 192;
+const QUEUE_LENGTH: u32 = 1000;
+const TAKE_OVER: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::testbed::{PacketSocket, in_namespace, ip, wait_for};
+
+    fn create(io: IoPreference) -> (HostPortDevice, HostPort) {
+        let config = HostPortConfig {
+            io,
+            ..HostPortConfig::default()
+        };
+        let mut device = HostPortDevice::create(config).expect("root and /dev/net/tun");
+        let mut ports = device.take_ports().expect("memory for buffers");
+        (device, ports.remove(0))
+    }
+
+    fn both(test: impl Fn(IoPreference) + Copy + Send + 'static) {
+        in_namespace(move || test(IoPreference::ReadWrite));
+        in_namespace(move || test(IoPreference::Uring));
+    }
+
+    /// Ethernet, IPv4 and TCP headers with a partial checksum in front of `payload` bytes.
+    fn segment(payload: usize) -> Vec<u8> {
+        let total = u16::try_from(payload + 40).expect("fits an IPv4 packet");
+        let mut frame = vec![6, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0];
+        frame.extend_from_slice(&total.to_be_bytes());
+        frame.extend_from_slice(&[0, 1, 0x40, 0, 64, 6, 0, 0]);
+        frame.extend_from_slice(&[192, 0, 2, 1, 192, 0, 2, 2]);
+        frame.extend_from_slice(&[0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10]);
+        frame.extend_from_slice(&[1, 0, 0, 0, 0, 0]);
+        frame.resize(frame.len() + payload, 0xab);
+        frame
+    }
+
+    const SUPER: VnetHeader = VnetHeader {
+        flags: VnetHeader::NEEDS_CSUM,
+        gso_type: 1,
+        header_length: 54,
+        gso_size: 1448,
+        checksum_start: 34,
+        checksum_offset: 16,
+    };
+
+    /// The next `count` packets of IPv4; the kernel may send others by itself.
+    fn receive_all(port: &mut HostPort, count: usize) -> Batch {
+        let (mut batch, mut wanted) = (Batch::new(), Batch::new());
+        wait_for("packets at the host port", || {
+            port.receive(&mut batch);
+            for (frame, vnet) in batch.drain(..) {
+                if port.bytes(&frame).get(12..14) == Some(&[8, 0]) {
+                    wanted.push((frame, vnet));
+                } else {
+                    port.free(frame);
+                }
+            }
+            port.flush();
+            (wanted.len() >= count).then_some(())
+        });
+        wanted
+    }
+
+    fn receive(port: &mut HostPort) -> (Frame, VnetHeader) {
+        receive_all(port, 1).remove(0)
+    }
+
+    fn watch(socket: &PacketSocket, wanted: &[u8]) -> VnetHeader {
+        wait_for("the frame at the device", || {
+            let (vnet, frame) = socket.receive()?;
+            (frame == wanted).then_some(VnetHeader::read_from_bytes(&vnet).ok()?)
+        })
+    }
+
+    #[test]
+    fn a_super_packet_arrives_whole_with_its_vnet_header() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            let socket = PacketSocket::open(device.name());
+            let frame = segment(40_000);
+            socket.send(&zerocopy::transmute!(SUPER), &frame);
+
+            let (received, vnet) = receive(&mut port);
+            assert_eq!(port.bytes(&received), &frame[..]);
+            assert_eq!(vnet.gso_type & 0x7f, 1);
+            assert_eq!({ vnet.gso_size }, 1448);
+            assert!(vnet.is_partial() && vnet.is_super_packet());
+            port.free(received);
+            assert_eq!(port.held(), 0);
+        });
+    }
+
+    #[test]
+    fn a_received_super_packet_goes_back_out_from_its_own_buffer() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            PacketSocket::open(device.name()).send(&zerocopy::transmute!(SUPER), &segment(40_000));
+            let (received, vnet) = receive(&mut port);
+            port.bytes(&received)[33] = 77;
+            let expected = port.bytes(&received).to_vec();
+
+            let socket = PacketSocket::open(device.name());
+            port.transmit(received, &vnet).expect("there is room");
+            port.flush();
+
+            assert_eq!({ watch(&socket, &expected).gso_size }, 1448);
+            assert_eq!(port.counts().transmitted, 1);
+            assert_eq!((port.counts().refused, port.held()), (0, 0));
+        });
+    }
+
+    #[test]
+    fn a_packet_of_another_memory_is_copied_out() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            let socket = PacketSocket::open(device.name());
+            let frame = segment(100);
+            port.transmit_copy(&frame, &VnetHeader::default())
+                .expect("there is room");
+            port.flush();
+            watch(&socket, &frame);
+        });
+    }
+
+    #[test]
+    fn more_packets_than_buffers_pass_without_a_leak() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            let socket = PacketSocket::open(device.name());
+            for _ in 0..10 {
+                for _ in 0..100 {
+                    socket.send(&[0; 10], &segment(10));
+                }
+                for (frame, vnet) in receive_all(&mut port, 100) {
+                    port.transmit(frame, &vnet).expect("there is room");
+                }
+                port.flush();
+            }
+            assert_eq!(port.held(), 0);
+            assert_eq!(port.counts().transmitted, 1000);
+        });
+    }
+
+    #[test]
+    fn the_descriptor_tells_when_there_is_something_to_receive() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            let socket = PacketSocket::open(device.name());
+            socket.send(&[0; 10], &segment(10));
+            wait_for("the descriptor", || port.is_readable().then_some(()));
+            let (frame, _) = receive(&mut port);
+            port.free(frame);
+        });
+    }
+
+    #[test]
+    fn the_device_is_silent_and_outlives_its_owner() {
+        in_namespace(|| {
+            let (device, port) = create(IoPreference::ReadWrite);
+            let ifindex = device.ifindex();
+            drop((device, port));
+            let (device, _port) = create(IoPreference::ReadWrite);
+            assert_eq!(device.ifindex(), ifindex);
+            let shown = std::process::Command::new("ip")
+                .args(["-d", "link", "show", "sluice0"])
+                .output()
+                .expect("iproute2 is installed");
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            for word in ["NOARP", "LOWER_UP", "addrgenmode none", "02:73:6c:75:63:65"] {
+                assert!(shown.contains(word), "{word} in {shown}");
+            }
+            let addresses = std::process::Command::new("ip")
+                .args(["-6", "address", "show", "sluice0"])
+                .output()
+                .expect("iproute2 is installed");
+            assert!(addresses.stdout.is_empty(), "an address of its own making");
+        });
+    }
+
+    #[test]
+    fn removal_takes_our_device_and_no_other() {
+        in_namespace(|| {
+            drop(create(IoPreference::ReadWrite));
+            assert!(HostPortDevice::remove("sluice0").expect("root"));
+            assert!(!HostPortDevice::remove("sluice0").expect("root"));
+            ip("link add sluice0 type veth peer name other");
+            let refused = HostPortDevice::remove("sluice0");
+            assert!(matches!(refused, Err(HostPortError::NameTaken { .. })));
+            let refused = HostPortDevice::create(HostPortConfig::default());
+            assert!(matches!(refused, Err(HostPortError::NameTaken { .. })));
+        });
+    }
+
+    #[test]
+    fn a_device_in_use_is_refused_with_the_number_of_its_queues() {
+        in_namespace(|| {
+            let config = HostPortConfig {
+                queues: 2,
+                ..HostPortConfig::default()
+            };
+            let _owner = HostPortDevice::create(config).expect("root");
+            let refused = HostPortDevice::create(HostPortConfig::default());
+            assert!(matches!(
+                refused,
+                Err(HostPortError::InUse { queues: 2, .. })
+            ));
+        });
+    }
+}

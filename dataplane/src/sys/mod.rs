@@ -1,0 +1,11 @@
+//! System calls and memory that is shared with the kernel. All `unsafe` of the crate is here.
+//!
+//! Nothing here knows packets, flows or the other modules: numbers, bytes and descriptors go in and
+//! out, and what is offered is safe to call in any order.
+
+pub(crate) mod chunks;
+pub(crate) mod netlink;
+pub(crate) mod tun;
+
+#[cfg(test)]
+pub(crate) mod testbed;
