@@ -7,6 +7,7 @@
 
 mod debug;
 mod health;
+mod metrics;
 mod page;
 
 use std::io;
@@ -83,6 +84,7 @@ pub(crate) fn start(
     let (stop, stopped) = watch::channel(false);
     let bound = |listener: &TcpListener| listener.local_addr().map_err(AdminError::Start);
     let (address, healthz_address) = (bound(&listener)?, health.as_ref().map(bound).transpose()?);
+    metrics::describe();
     let sources = Arc::new(sources);
     let serve = move || {
         runtime.block_on(serve_all(listener, health, sources, stopped));
@@ -207,7 +209,7 @@ fn router(sources: Arc<Sources>) -> Router {
         .route("/debug/flows", get(debug::flows))
         .layer(axum::middleware::from_fn(debug::loopback_only));
     Router::new()
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(metrics::metrics))
         .route("/healthz", get(|| async { "ok" }))
         .route("/livez", get(|| async { "ok" }))
         .route("/readyz", get(health::readyz))
@@ -215,14 +217,6 @@ fn router(sources: Arc<Sources>) -> Router {
         .route("/proxyMode", get(proxy_mode))
         .merge(local)
         .with_state(sources)
-}
-
-async fn metrics(State(sources): State<Arc<Sources>>) -> impl axum::response::IntoResponse {
-    let text = sources.metrics.render();
-    (
-        [("content-type", "text/plain; version=0.0.4; charset=utf-8")],
-        text,
-    )
 }
 
 async fn configz(State(sources): State<Arc<Sources>>) -> axum::Json<Value> {

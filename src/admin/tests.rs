@@ -8,8 +8,8 @@ use super::*;
 use crate::commands::client;
 use crate::report::{ApiVersion, EngineState, FlowList, ServiceStates, Status, StatusKind};
 
-fn sources(ready: bool) -> Sources {
-    let status = move || Status {
+pub(super) fn status(ready: bool) -> Status {
+    Status {
         api_version: ApiVersion::V1,
         kind: StatusKind::Status,
         version: "0.1.0".to_owned(),
@@ -25,7 +25,10 @@ fn sources(ready: bool) -> Sources {
         host_port: report::HostPort::default(),
         workers: vec![report::Worker::default()],
         problems: Vec::new(),
-    };
+    }
+}
+
+fn sources(ready: bool) -> Sources {
     let readiness = move || Readiness {
         ready,
         reason: if ready {
@@ -42,11 +45,11 @@ fn sources(ready: bool) -> Sources {
     };
     let recorder = PrometheusBuilder::new().build_recorder();
     let metrics = recorder.handle();
-    metrics::with_local_recorder(&recorder, || {
-        metrics::counter!("sluice_test_total").increment(3);
+    ::metrics::with_local_recorder(&recorder, || {
+        ::metrics::counter!("sluice_test_total").increment(3);
     });
     Sources {
-        status: Box::new(status),
+        status: Box::new(move || status(ready)),
         services: Box::new(services),
         flows: Box::new(FlowList::default),
         ready: Box::new(readiness),
