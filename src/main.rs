@@ -1,2 +1,50 @@
-//! To be written.
-fn main() {}
+//! `sluice`: parses the command line, runs the command, turns an error into an exit code.
+//! 0 is right, 1 failed, 2 is a mistake in the command line.
+
+#![forbid(unsafe_code)]
+
+mod admin;
+mod app;
+mod args;
+mod commands;
+mod config;
+mod journal;
+mod output;
+mod report;
+mod state;
+mod telemetry;
+mod undo;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Command, CommandLine, ConfigCommand};
+use config::Config;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let line = CommandLine::parse();
+    if let Err(error) = run(line) {
+        // Nothing is left to say where standard error is gone.
+        let _written = writeln!(std::io::stderr().lock(), "sluice: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn run(line: CommandLine) -> anyhow::Result<()> {
+    let output = line.output;
+    match line.command {
+        Command::Run(settings) => app::run(Config::load(&settings)?),
+        Command::Resolve(_) | Command::Trace(_) => anyhow::bail!("not built"),
+        Command::Status(args) => commands::status::run(&args, output),
+        Command::Services(args) => commands::services::run(&args, output),
+        Command::Flows(args) => commands::flows::run(&args, output),
+        Command::Cleanup(args) => commands::cleanup::run(&args, output),
+        Command::Config(ConfigCommand::Check { file }) => commands::config::check(&file, output),
+    }
+}
