@@ -66,6 +66,10 @@ impl PortAllocator {
     /// Learns the node's SNAT addresses. Allocates, so it is called when they change and never for
     /// a packet; lists of addresses that stay are kept.
     pub fn set_addresses(&mut self, addresses: &[Address]) {
+        let known = |address| self.owned.iter().any(|(known, _)| known == address);
+        if addresses.len() == self.owned.len() && addresses.iter().all(known) {
+            return;
+        }
         let mut old = std::mem::take(&mut self.owned);
         for address in addresses {
             let list = match old.iter().position(|(known, _)| known == address) {
