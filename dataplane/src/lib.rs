@@ -26,6 +26,7 @@ pub mod pipeline;
 pub mod schedule;
 pub mod snapshot;
 pub mod steer;
+pub mod steering;
 mod sys;
 pub mod time;
 pub mod waker;
