@@ -4,8 +4,10 @@
 //! out, and what is offered is safe to call in any order.
 
 pub(crate) mod chunks;
+pub(crate) mod ethtool;
 pub(crate) mod netlink;
 pub(crate) mod tun;
+pub(crate) mod xsk;
 
 #[cfg(test)]
 pub(crate) mod testbed;

@@ -15,21 +15,21 @@ pub(crate) struct Request {
 
 impl Request {
     /// A message about the link with this index (0: named by an attribute), which sets those of
-    /// `flags` (`IFF_*`) that are in `change`.
-    pub(crate) fn link(kind: u16, ifindex: u32, flags: i32, change: i32) -> Self {
+    /// `set` (`IFF_*`) that are in `change`.
+    pub(crate) fn link(kind: u16, ifindex: u32, set: i32, change: i32) -> Self {
         let mut request = Self { bytes: Vec::new() };
         request.push(&[0; 4]);
         request.push(&kind.to_ne_bytes());
-        let acknowledged = if kind == libc::RTM_GETLINK {
-            0
+        let flags = if kind == libc::RTM_GETLINK {
+            REQUEST
         } else {
-            libc::NLM_F_ACK
+            REQUEST | ACKNOWLEDGE
         };
-        request.push(&((libc::NLM_F_REQUEST | acknowledged) as u16).to_ne_bytes());
+        request.push(&flags.to_ne_bytes());
         request.push(&[0; 8]);
         request.push(&[0; 4]);
         request.push(&ifindex.to_ne_bytes());
-        request.push(&flags.to_ne_bytes());
+        request.push(&set.to_ne_bytes());
         request.push(&change.to_ne_bytes());
         request
     }
@@ -97,7 +97,7 @@ fn parse(answer: &[u8]) -> io::Result<Vec<u8>> {
     let truncated = || io::Error::from(io::ErrorKind::UnexpectedEof);
     let kind = answer.get(4..6).ok_or_else(truncated)?;
     let body = answer.get(16..).ok_or_else(truncated)?;
-    if kind != (libc::NLMSG_ERROR as u16).to_ne_bytes() {
+    if kind != ERROR.to_ne_bytes() {
         return Ok(body.to_vec());
     }
     match i32::from_ne_bytes(*body.first_chunk().ok_or_else(truncated)?) {
@@ -107,6 +107,12 @@ fn parse(answer: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 const ANSWER_SIZE: usize = 32 * 1024;
+/// `NLM_F_REQUEST`.
+const REQUEST: u16 = 1;
+/// `NLM_F_ACK`.
+const ACKNOWLEDGE: u16 = 4;
+/// `NLMSG_ERROR`.
+const ERROR: u16 = 2;
 const ATTRIBUTE_KIND: u16 = 0x3fff;
 
 #[cfg(test)]
