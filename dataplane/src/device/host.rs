@@ -155,7 +155,7 @@ impl HostPortDevice {
         let control = tun::duplicate(first).map_err(step("duplicating a queue"))?;
         let link = tun::link(&config.name).map_err(step("looking it up"))?;
         let ifindex = link
-            .ok_or(io::ErrorKind::NotFound.into())
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
             .map_err(step("looking it up"))?
             .ifindex;
         let settings = tun::Settings {
@@ -391,10 +391,6 @@ fn frame_of(chunks: &mut Chunks, chunk: u32, received: usize) -> Option<(Frame, 
 }
 
 /// A dead owner's queues stay for some milliseconds, until its io_uring is torn down.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "at start, before any worker runs; there is nothing to wait on"
-)]
 fn wait_until_unused(name: &str) -> Result<(), HostPortError> {
     let clock = MonotonicClock;
     let deadline = clock.now() + TAKE_OVER;
@@ -418,7 +414,7 @@ fn wait_until_unused(name: &str) -> Result<(), HostPortError> {
                     queues: link.queues,
                 });
             }
-            Some(_) => std::thread::sleep(Duration::from_millis(5)),
+            Some(_) => super::pause(Duration::from_millis(5)),
         }
     }
 }

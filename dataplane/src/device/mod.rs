@@ -130,3 +130,13 @@ pub trait Device {
     /// The descriptor that becomes readable when `receive` has something.
     fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>>;
 }
+
+/// Waits while a device is set up: there is no worker yet, and nothing else to wait on.
+fn pause(duration: crate::time::Duration) {
+    let time = rustix::time::Timespec {
+        tv_sec: 0,
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    };
+    // Cut short by a signal, the caller only tries again sooner.
+    let _ = rustix::thread::nanosleep(&time);
+}

@@ -5,9 +5,11 @@
 
 pub(crate) mod bpf;
 pub(crate) mod chunks;
+pub(crate) mod ethtool;
 pub(crate) mod mmap;
 pub(crate) mod netlink;
 pub(crate) mod tun;
+pub(crate) mod xsk;
 
 #[cfg(test)]
 pub(crate) mod testbed;
