@@ -21,12 +21,16 @@ fn main() {
 }
 
 fn unit_text() -> String {
-    SOURCES.map(|name| format!("#include \"{name}\"\n")).concat()
+    SOURCES
+        .map(|name| format!("#include \"{name}\"\n"))
+        .concat()
 }
 
 fn compile(unit: &Path, include: &Path, object: &Path) -> Result<(), String> {
     let status = Command::new("clang")
-        .args(["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror"])
+        .args([
+            "-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror",
+        ])
         .arg("-I")
         .arg(include)
         .arg("-I")

@@ -152,9 +152,9 @@ impl SharedCounters {
     pub fn publish(&self, counters: &mut WorkerCounters) {
         let mut cells = self.0.iter();
         for value in counters.scalars() {
-            cells
-                .next()
-                .map_or((), |cell| cell.store(*value, Ordering::Relaxed));
+            if let Some(cell) = cells.next() {
+                cell.store(*value, Ordering::Relaxed);
+            }
         }
         for (cell, value) in cells.zip(&counters.dropped) {
             cell.store(*value, Ordering::Relaxed);

@@ -12,15 +12,19 @@
 
 #![warn(missing_docs)]
 
+pub mod classify;
 pub mod command;
 pub mod counters;
 pub mod device;
 pub mod flow;
+pub mod handover;
 pub mod nat;
 pub mod net;
 pub mod packet;
+pub mod pipeline;
 pub mod schedule;
 pub mod snapshot;
 pub mod steer;
 mod sys;
 pub mod time;
+pub mod waker;

@@ -246,6 +246,8 @@ pub struct NodeDevice {
     pub mac: MacAddr,
     /// Number of the uplink, if it is one.
     pub uplink: Option<u8>,
+    /// Whether a pod stands behind it: the near end of a veth pair.
+    pub is_pod: bool,
     /// Whether a program of ours stands at its ingress (tc), which lets marked packets pass.
     pub hooked_ingress: bool,
     /// The same at its egress.
@@ -274,6 +276,7 @@ pub struct Snapshot {
     pub epoch: u64,
     frontends: Arc<HashMap<FrontendKey, Frontend>>,
     services: Arc<HashMap<ServiceId, Arc<Service>>>,
+    masquerade_addresses: Arc<[Address]>,
     /// This node.
     pub node: Arc<Node>,
     /// Its routes and neighbours.
@@ -378,6 +381,7 @@ impl SnapshotBuilder {
             epoch,
             frontends: Arc::new(self.frontends),
             services: Arc::new(self.services),
+            masquerade_addresses: masquerade_addresses(&node, &fib),
             node,
             fib,
         };
@@ -424,6 +428,12 @@ impl Snapshot {
         self.frontends.iter()
     }
 
+    /// Every address that a flow may be masqueraded with.
+    #[must_use]
+    pub fn masquerade_addresses(&self) -> &[Address] {
+        &self.masquerade_addresses
+    }
+
     /// A Service port by number.
     #[must_use]
     #[inline]
@@ -435,6 +445,15 @@ impl Snapshot {
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.values()
     }
+}
+
+fn masquerade_addresses(node: &Node, fib: &Fib) -> Arc<[Address]> {
+    let routes = fib.lengths.iter().flat_map(|(_, routes)| routes.values());
+    let sources: HashSet<Address> = routes
+        .filter_map(|route| route.source)
+        .chain(node.snat_addresses.iter().copied())
+        .collect();
+    sources.into_iter().collect()
 }
 
 #[cfg(test)]

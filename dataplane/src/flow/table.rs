@@ -240,6 +240,19 @@ impl FlowTable {
             .filter(|(_, flow)| flow.state != State::FREE)
     }
 
+    /// Copies of the flows in up to `limit` slots from slot `from` on, and the slot to go on with.
+    #[must_use]
+    pub fn page(&self, from: usize, limit: usize) -> (Vec<Flow>, Option<usize>) {
+        let end = from.saturating_add(limit).min(self.capacity());
+        let slots = self.slab.get(from..end).unwrap_or_default();
+        let flows = slots
+            .iter()
+            .filter(|flow| flow.state != State::FREE)
+            .copied()
+            .collect();
+        (flows, (end < self.capacity()).then_some(end))
+    }
+
     /// How many flows there are.
     #[must_use]
     pub fn len(&self) -> usize {

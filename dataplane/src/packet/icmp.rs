@@ -49,6 +49,8 @@ pub const V4_UNREACHABLE: u8 = 3;
 pub const V4_TIME_EXCEEDED: u8 = 11;
 /// Destination unreachable, ICMP for IPv6.
 pub const V6_UNREACHABLE: u8 = 1;
+/// Packet too big (RFC 4443 section 3.2).
+pub const V6_TOO_BIG: u8 = 2;
 /// Time exceeded, ICMP for IPv6.
 pub const V6_TIME_EXCEEDED: u8 = 3;
 

@@ -56,8 +56,8 @@ pub fn tcp_reset(of: &[u8], headers: &Headers, out: &mut [u8]) -> Option<usize> 
 pub fn icmp_unreachable(of: &[u8], headers: &Headers, out: &mut [u8]) -> Option<usize> {
     let source = headers.tuple.destination.address;
     match headers.version {
-        Version::V4 => icmp_error(icmp::V4_UNREACHABLE, 3, source, of, headers, out),
-        Version::V6 => icmp_error(icmp::V6_UNREACHABLE, 4, source, of, headers, out),
+        Version::V4 => icmp_error(icmp::V4_UNREACHABLE, 3, 0, source, of, headers, out),
+        Version::V6 => icmp_error(icmp::V6_UNREACHABLE, 4, 0, source, of, headers, out),
     }
 }
 
@@ -71,8 +71,31 @@ pub fn icmp_time_exceeded(
     out: &mut [u8],
 ) -> Option<usize> {
     match headers.version {
-        Version::V4 => icmp_error(icmp::V4_TIME_EXCEEDED, 0, source, of, headers, out),
-        Version::V6 => icmp_error(icmp::V6_TIME_EXCEEDED, 0, source, of, headers, out),
+        Version::V4 => icmp_error(icmp::V4_TIME_EXCEEDED, 0, 0, source, of, headers, out),
+        Version::V6 => icmp_error(icmp::V6_TIME_EXCEEDED, 0, 0, source, of, headers, out),
+    }
+}
+
+/// Answers with "fragmentation needed" (RFC 1191) or "packet too big" (RFC 4443 section 3.2).
+#[must_use]
+pub fn icmp_too_big(
+    source: Address,
+    mtu: u32,
+    of: &[u8],
+    headers: &Headers,
+    out: &mut [u8],
+) -> Option<usize> {
+    match headers.version {
+        Version::V4 => icmp_error(
+            icmp::V4_UNREACHABLE,
+            4,
+            mtu & 0xffff,
+            source,
+            of,
+            headers,
+            out,
+        ),
+        Version::V6 => icmp_error(icmp::V6_TOO_BIG, 0, mtu, source, of, headers, out),
     }
 }
 
@@ -87,6 +110,7 @@ const QUOTE_V6: usize = 1280 - ipv6::LENGTH - icmp::LENGTH;
 fn icmp_error(
     kind: u8,
     code: u8,
+    rest: u32,
     source: Address,
     of: &[u8],
     headers: &Headers,
@@ -105,7 +129,7 @@ fn icmp_error(
         kind,
         code,
         checksum: U16::ZERO,
-        rest: U32::ZERO,
+        rest: U32::new(rest),
     };
     let answer = Answer::to(of, headers, source, protocol)?;
     answer.write(&[head.as_bytes(), quote], icmp::CHECKSUM, out)

@@ -14,8 +14,8 @@ use crate::snapshot::{Backend, SchedulerKind, Service};
 pub struct Choice<'a> {
     backends: &'a [Backend],
     list: &'a [u32],
-    /// This worker's position in the Service's round.
-    pub cursor: &'a mut u32,
+    /// This worker's position in the Service's round; the caller keeps it for the next choice.
+    pub cursor: u32,
     /// A fresh random number.
     pub random: u64,
 }
@@ -23,7 +23,7 @@ pub struct Choice<'a> {
 impl<'a> Choice<'a> {
     /// The candidates are the Service's choice number `choice`.
     #[must_use]
-    pub fn new(service: &'a Service, choice: u32, cursor: &'a mut u32, random: u64) -> Self {
+    pub fn new(service: &'a Service, choice: u32, cursor: u32, random: u64) -> Self {
         let list = service
             .choices
             .get(choice as usize)
@@ -90,8 +90,9 @@ mod tests {
         let mut picks = Vec::new();
         for n in 0..times {
             let random = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 7;
-            let mut choice = Choice::new(&service, 0, &mut cursor, random);
+            let mut choice = Choice::new(&service, 0, cursor, random);
             picks.extend(choose(kind, &mut choice).map(|backend| backend.id.0));
+            cursor = choice.cursor;
         }
         picks
     }
