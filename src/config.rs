@@ -5,6 +5,7 @@
 //! Nothing here touches the machine but to read the file and, where no name is given, the host's.
 
 mod document;
+mod parts;
 mod read;
 mod value;
 

@@ -139,6 +139,62 @@ fn cleanup_where_nothing_ran_finds_nothing() {
     assert_eq!(result["changes"].as_array().map(Vec::len), Some(0));
 }
 
+#[test]
+fn resolve_prints_the_contracts_object_and_names_what_it_rejects() {
+    let folder = tempfile::tempdir().unwrap();
+    let objects = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {clusterIP: 10.96.0.10, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+endpoints: [{addresses: [10.244.1.10]}]
+ports: [{name: http, port: 8080}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: bad}
+spec: {clusterIP: 10.96.0.11, ports: [{port: 99999}]}
+"#;
+    std::fs::write(folder.path().join("objects.yaml"), objects).unwrap();
+    let manifests = folder.path().to_str().unwrap();
+    let output = sluice(&[
+        "resolve",
+        "--manifests",
+        manifests,
+        "--node=n1",
+        "-o",
+        "json",
+    ]);
+    assert_eq!(code(&output), 0, "{}", error(&output));
+    let resolution = json(&output);
+    assert_eq!(resolution["apiVersion"], "sluice/v1");
+    assert_eq!(resolution["kind"], "Resolution");
+    let frontend = &resolution["services"][0]["frontends"][0];
+    assert_eq!(frontend["address"], "10.96.0.10");
+    assert_eq!(
+        frontend["backends"],
+        serde_json::json!(["10.244.1.10:8080"])
+    );
+    assert_eq!(resolution["rejected"][0]["name"], "bad");
+
+    let table = sluice(&["resolve", "--manifests", manifests, "--node=n1"]);
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(
+        table.contains("default/web:http") && table.contains("10.96.0.10:80"),
+        "{table}"
+    );
+    assert!(table.contains("99999"), "{table}");
+
+    let missing = sluice(&["resolve", "--manifests=/nowhere", "--node=n1"]);
+    assert_eq!(code(&missing), 1);
+    assert!(error(&missing).contains("/nowhere"), "{}", error(&missing));
+}
+
 /// A running `sluice run` with the engine off; killed when the test ends.
 struct Running {
     child: Child,

@@ -20,7 +20,12 @@ pub(super) async fn metrics(State(sources): State<Arc<Sources>>) -> Answer {
     };
     let text = tokio::task::spawn_blocking(render).await;
     text.map(|text| ([(header::CONTENT_TYPE, CONTENT_TYPE)], text))
-        .map_err(|_| (StatusCode::INTERNAL_SERVER_ERROR, "the state cannot be read\n"))
+        .map_err(|_| {
+            (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "the state cannot be read\n",
+            )
+        })
 }
 
 /// Says once what each metric means.
@@ -29,21 +34,63 @@ pub(super) fn describe() {
     describe_gauge!("sluice_ready", "Whether the Services are served");
     describe_gauge!("sluice_epoch", "Number of the state that the engine serves");
     describe_gauge!("sluice_engine_on", "Whether the engine takes packets");
-    describe_gauge!("sluice_engine_stale", "Whether the engine's heartbeat is too old");
-    describe_gauge!("sluice_engine_locked_bytes", "Memory that the engine keeps locked");
-    describe_gauge!("sluice_mirror_in_sync", "Whether the kernel's rules are as they should be");
+    describe_gauge!(
+        "sluice_engine_stale",
+        "Whether the engine's heartbeat is too old"
+    );
+    describe_gauge!(
+        "sluice_engine_locked_bytes",
+        "Memory that the engine keeps locked"
+    );
+    describe_gauge!(
+        "sluice_mirror_in_sync",
+        "Whether the kernel's rules are as they should be"
+    );
     describe_gauge!("sluice_flows", "Flows that a worker holds");
-    describe_counter!("sluice_worker_received_packets_total", "Packets a worker got from devices");
-    describe_counter!("sluice_worker_handed_in_packets_total", "Packets from other workers");
-    describe_counter!("sluice_worker_packets_total", "Packets by what became of them");
-    describe_counter!("sluice_worker_dropped_packets_total", "Dropped packets by reason");
-    describe_counter!("sluice_worker_generated_packets_total", "Packets the engine made itself");
-    describe_counter!("sluice_uplink_received_packets_total", "Packets from an uplink's sockets");
-    describe_counter!("sluice_uplink_transmitted_packets_total", "Packets to an uplink's sockets");
-    describe_counter!("sluice_uplink_dropped_packets_total", "Packets a socket had no room for");
-    describe_counter!("sluice_host_port_received_packets_total", "Packets from the host port");
-    describe_counter!("sluice_host_port_transmitted_packets_total", "Packets to the host port");
-    describe_counter!("sluice_host_port_completions_total", "io_uring completions taken");
+    describe_counter!(
+        "sluice_worker_received_packets_total",
+        "Packets a worker got from devices"
+    );
+    describe_counter!(
+        "sluice_worker_handed_in_packets_total",
+        "Packets from other workers"
+    );
+    describe_counter!(
+        "sluice_worker_packets_total",
+        "Packets by what became of them"
+    );
+    describe_counter!(
+        "sluice_worker_dropped_packets_total",
+        "Dropped packets by reason"
+    );
+    describe_counter!(
+        "sluice_worker_generated_packets_total",
+        "Packets the engine made itself"
+    );
+    describe_counter!(
+        "sluice_uplink_received_packets_total",
+        "Packets from an uplink's sockets"
+    );
+    describe_counter!(
+        "sluice_uplink_transmitted_packets_total",
+        "Packets to an uplink's sockets"
+    );
+    describe_counter!(
+        "sluice_uplink_dropped_packets_total",
+        "Packets a socket had no room for"
+    );
+    describe_counter!(
+        "sluice_host_port_received_packets_total",
+        "Packets from the host port"
+    );
+    describe_counter!(
+        "sluice_host_port_transmitted_packets_total",
+        "Packets to the host port"
+    );
+    describe_counter!(
+        "sluice_host_port_completions_total",
+        "io_uring completions taken"
+    );
 }
 
 /// Writes the status into the recorder.
@@ -101,7 +148,10 @@ fn uplink(uplink: &Uplink) {
 fn host_port(port: &HostPort) {
     for (name, count) in [
         ("sluice_host_port_received_packets_total", port.received),
-        ("sluice_host_port_transmitted_packets_total", port.transmitted),
+        (
+            "sluice_host_port_transmitted_packets_total",
+            port.transmitted,
+        ),
         ("sluice_host_port_completions_total", port.completions),
     ] {
         counter!(name).absolute(count);
@@ -113,7 +163,10 @@ fn flag(holds: bool) -> f64 {
 }
 
 /// A count as a gauge holds it; beyond 2^53 it loses its last digits.
-#[expect(clippy::cast_precision_loss, reason = "gauges are floating-point numbers")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "gauges are floating-point numbers"
+)]
 fn measure(count: u64) -> f64 {
     count as f64
 }
@@ -132,7 +185,11 @@ mod tests {
     #[test]
     fn every_count_of_the_status_is_a_metric() {
         let mut status = status(true);
-        status.uplinks = vec![Uplink { name: "eth0".to_owned(), rx: 10, ..Uplink::default() }];
+        status.uplinks = vec![Uplink {
+            name: "eth0".to_owned(),
+            rx: 10,
+            ..Uplink::default()
+        }];
         status.workers = vec![Worker {
             id: 1,
             transmitted: 8,
@@ -157,7 +214,10 @@ mod tests {
             "sluice_uplink_received_packets_total{device=\"eth0\"} 10",
             "# HELP sluice_host_port_completions_total io_uring completions taken",
         ] {
-            assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is missing in\n{text}"
+            );
         }
     }
 }

@@ -5,5 +5,6 @@ pub(crate) mod cleanup;
 pub(crate) mod client;
 pub(crate) mod config;
 pub(crate) mod flows;
+pub(crate) mod resolve;
 pub(crate) mod services;
 pub(crate) mod status;

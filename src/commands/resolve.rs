@@ -37,7 +37,11 @@ impl Tabular for control::Resolution {
                     "" => rejected.name.clone(),
                     namespace => format!("{namespace}/{}", rejected.name),
                 };
-                vec![(&rejected.kind).into(), name.into(), (&rejected.reason).into()]
+                vec![
+                    (&rejected.kind).into(),
+                    name.into(),
+                    (&rejected.reason).into(),
+                ]
             });
             parts.push(table(&["REJECTED", "NAME", "REASON"], rows));
         }

@@ -40,5 +40,8 @@ impl Config {
 
 /// The prefixes were checked when they were read, so none is left out.
 fn ranges(cidrs: &[Cidr]) -> Vec<address::Cidr> {
-    cidrs.iter().filter_map(|cidr| address::Cidr::new(cidr.address, cidr.prefix)).collect()
+    cidrs
+        .iter()
+        .filter_map(|cidr| address::Cidr::new(cidr.address, cidr.prefix))
+        .collect()
 }
