@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{BATCH, Batch, Device, Frame, Full, VnetHeader};
+use super::{BATCH, Batch, Device, DeviceReport, Frame, Full, VnetHeader};
 use crate::net::MacAddr;
 use crate::sys::chunks::Chunks;
 use crate::sys::tun;
@@ -367,6 +367,16 @@ impl Device for HostPort {
     }
 
     fn flush(&mut self) {}
+
+    fn report(&self) -> DeviceReport {
+        DeviceReport {
+            received: self.counts.received,
+            transmitted: self.counts.transmitted,
+            completions: self.counts.completions,
+            dropped: 0,
+            refused: self.counts.refused,
+        }
+    }
 
     fn is_readable(&mut self) -> bool {
         tun::is_readable(&self.queue)

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::epoll;
 
-use super::{BATCH, Batch, Device, Frame, Full, VnetHeader};
+use super::{BATCH, Batch, Device, DeviceReport, Frame, Full, VnetHeader};
 use crate::sys::ethtool;
 use crate::sys::xsk::{CHUNK_ROOM, CopyMode, Memory, Socket};
 use crate::time::{Clock, Duration, Instant, MonotonicClock};
@@ -347,6 +347,17 @@ impl Device for Uplink {
             queue.socket.reap(&mut self.memory);
         }
         self.refill();
+    }
+
+    fn report(&self) -> DeviceReport {
+        let kernel = self.statistics();
+        DeviceReport {
+            received: self.counts.received,
+            transmitted: self.counts.transmitted,
+            completions: 0,
+            dropped: kernel.ring_full + kernel.fill_empty + kernel.dropped,
+            refused: self.counts.full + kernel.invalid,
+        }
     }
 
     fn is_readable(&mut self) -> bool {

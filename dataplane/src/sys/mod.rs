@@ -3,6 +3,7 @@
 //! Nothing here knows packets, flows or the other modules: numbers, bytes and descriptors go in and
 //! out, and what is offered is safe to call in any order.
 
+pub(crate) mod affinity;
 pub(crate) mod bpf;
 pub(crate) mod chunks;
 pub(crate) mod ethtool;

@@ -11,7 +11,6 @@
 //!   free --acquire--> held                          completion ring --reap--> free
 //! ```
 
-
 use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, BorrowedFd};
