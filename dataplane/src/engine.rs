@@ -4,7 +4,6 @@
 //! only looks: counters, flows, connections. Nothing here touches a packet, and control never waits
 //! for a worker; a view may.
 
-use std::collections::HashMap;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -13,6 +12,7 @@ use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
 use crossbeam::channel;
+use hashbrown::HashMap;
 
 use crate::counters::{BackendCounts, Connections, SharedCounters, WorkerCounters};
 use crate::device::host::{HostPort, HostPortConfig, HostPortDevice, HostPortError, IoPreference};
