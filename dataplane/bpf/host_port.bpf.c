@@ -10,13 +10,11 @@
 #include "tables.h"
 
 #define PACKET_HOST 0
-#define TCX_NEXT -1
-#define TC_ACT_SHOT 2
 
 static __always_inline int refuse(void)
 {
 	count(COUNTER_BAD_COMMAND);
-	return TC_ACT_SHOT;
+	return TC_DROP;
 }
 
 /* The target's hook clears the mark; without a hook nobody would. */
@@ -56,7 +54,7 @@ int host_port(struct __sk_buff *skb)
 		if (bpf_skb_change_type(skb, PACKET_HOST))
 			return refuse();
 		count(COUNTER_UP);
-		return TCX_NEXT;
+		return TC_NEXT;
 	case ACTION_NEIGH:
 		if (marked)
 			mark_for(skb, device, HOOK_EGRESS);

@@ -13,10 +13,6 @@
 #include "packet.h"
 #include "tables.h"
 
-#ifndef TCX_NEXT
-#define TCX_NEXT -1
-#endif
-#define TC_ACT_SHOT 2
 
 enum decision { PASS, STEER, DROP };
 enum hook { INGRESS, EGRESS };
@@ -210,7 +206,7 @@ redirect_to_engine(struct __sk_buff *skb, const struct packet *packet, enum hook
 	word[7] = packet->tuple.direction | (hook == EGRESS ? HOW_EGRESS : 0);
 	__builtin_memcpy(word + 8, &ifindex, 4);
 	if (bpf_skb_store_bytes(skb, 0, word, sizeof(word), 0))
-		return TC_ACT_SHOT;
+		return TC_DROP;
 	count(hook == EGRESS ? COUNTER_STEERED_EGRESS : COUNTER_STEERED_INGRESS);
 	return bpf_redirect(config.host_port, 0);
 }
@@ -222,14 +218,14 @@ static __always_inline int steer_skb(struct __sk_buff *skb, enum hook hook)
 
 	if (skb->mark & config.mark) {
 		skb->mark &= ~config.mark;
-		return TCX_NEXT;
+		return TC_NEXT;
 	}
 	if (skb->vlan_present)
-		return TCX_NEXT;
+		return TC_NEXT;
 	decision = decide(skb, READ_TC, hook, &packet);
 	if (decision == STEER)
 		return redirect_to_engine(skb, &packet, hook);
-	return decision == DROP ? TC_ACT_SHOT : TCX_NEXT;
+	return decision == DROP ? TC_DROP : TC_NEXT;
 }
 
 SEC("classifier")

@@ -16,6 +16,10 @@
 
 #include "maps.h"
 
+/* What tc programs return. TC_NEXT is TCX_NEXT and TC_ACT_UNSPEC: the next program on the device runs. */
+#define TC_NEXT (-1)
+#define TC_DROP 2
+
 #define MAX_FRONTENDS 262144
 #define MAX_NODE_ADDRESSES 4096
 #define MAX_DEVICES 4096

@@ -26,7 +26,7 @@ use crossbeam::channel::{Receiver, Sender};
 
 use crate::command::{Command, Origin};
 use crate::counters::{DropReason, SharedCounters, WorkerCounters};
-use crate::device::{BATCH, Batch, Device, Frame, VnetHeader};
+use crate::device::{BATCH, Batch, Device, DeviceReport, Frame, VnetHeader};
 use crate::flow::Flow;
 use crate::handover::{Inbox, Outbox, Parcel};
 use crate::packet::ethernet;
@@ -48,9 +48,23 @@ pub enum Request {
         from: usize,
         /// How many slots to look at.
         limit: usize,
-        /// Where the answer goes; an empty one says that there are no more slots.
+        /// Where the answer goes.
         reply: Sender<FlowPage>,
     },
+    /// What went through the devices.
+    Ports {
+        /// Where the answer goes.
+        reply: Sender<PortsReport>,
+    },
+}
+
+/// What went through a worker's devices.
+#[derive(Debug, Default)]
+pub struct PortsReport {
+    /// Its queue of the host port.
+    pub host_port: DeviceReport,
+    /// Its queues of each uplink, by the uplink's number.
+    pub uplinks: Vec<DeviceReport>,
 }
 
 /// A part of a worker's flow table.
@@ -215,6 +229,12 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
     #[must_use]
     pub const fn pipeline(&self) -> &Pipeline {
         &self.pipeline
+    }
+
+    /// Its part of the tuple map, for tests.
+    #[must_use]
+    pub const fn tuples(&self) -> &TupleMap {
+        &self.tuples
     }
 
     fn adopt(&mut self, snapshot: &Snapshot) {
@@ -401,10 +421,21 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
         if self.requests.is_empty() {
             return;
         }
-        if let Ok(Request::Flows { from, limit, reply }) = self.requests.try_recv() {
-            let (flows, next) = self.pipeline.flows().page(from, limit);
-            // Whoever asked may have left.
-            drop(reply.send(FlowPage { flows, next, now }));
+        // Whoever asked may have left: then nobody hears the answer.
+        match self.requests.try_recv() {
+            Ok(Request::Flows { from, limit, reply }) => {
+                let (flows, next) = self.pipeline.flows().page(from, limit);
+                drop(reply.send(FlowPage { flows, next, now }));
+            }
+            Ok(Request::Ports { reply }) => {
+                let uplinks = self.ports.uplinks.iter();
+                let report = |port: &UplinkPort<U>| port.device.as_ref().map(Device::report);
+                drop(reply.send(PortsReport {
+                    host_port: self.ports.host.report(),
+                    uplinks: uplinks.map(|port| report(port).unwrap_or_default()).collect(),
+                }));
+            }
+            Err(_) => {}
         }
     }
 

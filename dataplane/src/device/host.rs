@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{BATCH, Batch, Device, Frame, Full, VnetHeader};
+use super::{BATCH, Batch, Device, DeviceReport, Frame, Full, VnetHeader};
 use crate::net::MacAddr;
 use crate::sys::chunks::Chunks;
 use crate::sys::tun;
@@ -155,7 +155,7 @@ impl HostPortDevice {
         let control = tun::duplicate(first).map_err(step("duplicating a queue"))?;
         let link = tun::link(&config.name).map_err(step("looking it up"))?;
         let ifindex = link
-            .ok_or(io::ErrorKind::NotFound.into())
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
             .map_err(step("looking it up"))?
             .ifindex;
         let settings = tun::Settings {
@@ -368,6 +368,16 @@ impl Device for HostPort {
 
     fn flush(&mut self) {}
 
+    fn report(&self) -> DeviceReport {
+        DeviceReport {
+            received: self.counts.received,
+            transmitted: self.counts.transmitted,
+            completions: self.counts.completions,
+            dropped: 0,
+            refused: self.counts.refused,
+        }
+    }
+
     fn is_readable(&mut self) -> bool {
         tun::is_readable(&self.queue)
     }
@@ -391,10 +401,6 @@ fn frame_of(chunks: &mut Chunks, chunk: u32, received: usize) -> Option<(Frame, 
 }
 
 /// A dead owner's queues stay for some milliseconds, until its io_uring is torn down.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "at start, before any worker runs; there is nothing to wait on"
-)]
 fn wait_until_unused(name: &str) -> Result<(), HostPortError> {
     let clock = MonotonicClock;
     let deadline = clock.now() + TAKE_OVER;
@@ -418,7 +424,7 @@ fn wait_until_unused(name: &str) -> Result<(), HostPortError> {
                     queues: link.queues,
                 });
             }
-            Some(_) => std::thread::sleep(Duration::from_millis(5)),
+            Some(_) => super::pause(Duration::from_millis(5)),
         }
     }
 }

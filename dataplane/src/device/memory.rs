@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
-use super::{BATCH, Batch, Device, Frame, Full, VnetHeader};
+use super::{BATCH, Batch, Device, DeviceReport, Frame, Full, VnetHeader};
 
 /// Packet memory with two queues: what arrived and what was sent.
 #[derive(Debug)]
@@ -152,6 +152,10 @@ impl Device for MemoryDevice {
 
     fn is_readable(&mut self) -> bool {
         !self.arrived.is_empty()
+    }
+
+    fn report(&self) -> DeviceReport {
+        DeviceReport::default()
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -79,6 +79,21 @@ impl VnetHeader {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Full;
 
+/// What went through a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DeviceReport {
+    /// Packets received.
+    pub received: u64,
+    /// Packets given to the kernel for sending.
+    pub transmitted: u64,
+    /// io_uring completions.
+    pub completions: u64,
+    /// Packets that the kernel had to drop before we saw them.
+    pub dropped: u64,
+    /// Packets that we could not send.
+    pub refused: u64,
+}
+
 /// A port of one worker. Only that worker calls it.
 pub trait Device {
     /// Takes up to `BATCH` frames that arrived; returns how many were pushed. Does not block.
@@ -109,6 +124,19 @@ pub trait Device {
     /// Whether something is there to receive, without taking it: asked once before blocking.
     fn is_readable(&mut self) -> bool;
 
+    /// What went through so far. May make a system call: not for the packet path.
+    fn report(&self) -> DeviceReport;
+
     /// The descriptor that becomes readable when `receive` has something.
     fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>>;
+}
+
+/// Waits while a device is set up: there is no worker yet, and nothing else to wait on.
+fn pause(duration: crate::time::Duration) {
+    let time = rustix::time::Timespec {
+        tv_sec: 0,
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    };
+    // Cut short by a signal, the caller only tries again sooner.
+    let _ = rustix::thread::nanosleep(&time);
 }

@@ -70,3 +70,124 @@ const fn fin_of(direction: Direction) -> FlowFlags {
         Direction::Reply => FlowFlags::FIN_REPLY,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SYN: TcpFlags = TcpFlags::SYN;
+    const ACK: TcpFlags = TcpFlags::ACK;
+    const SYN_ACK: TcpFlags = TcpFlags(0x12);
+    const FIN_ACK: TcpFlags = TcpFlags(0x11);
+    const RST: TcpFlags = TcpFlags::RST;
+
+    use Direction::{Original, Reply};
+
+    /// States after the first segment and after each that follows.
+    fn states(segments: &[(Direction, TcpFlags)]) -> Vec<State> {
+        let (_, opening) = segments[0];
+        let mut seen = FlowFlags::default();
+        let mut state = first(Protocol::TCP, opening);
+        let mut states = vec![state];
+        for (direction, flags) in &segments[1..] {
+            (state, seen) = next(state, seen, *direction, *flags);
+            states.push(state);
+        }
+        states
+    }
+
+    #[test]
+    fn a_connection_opens_and_closes() {
+        let segments = [
+            (Original, SYN),
+            (Reply, SYN_ACK),
+            (Original, ACK),
+            (Reply, ACK),
+            (Original, FIN_ACK),
+            (Reply, ACK),
+            (Reply, ACK),
+            (Reply, FIN_ACK),
+            (Original, ACK),
+        ];
+        let expected = [
+            State::SYN_SENT,
+            State::SYN_RECEIVED,
+            State::ESTABLISHED,
+            State::ESTABLISHED,
+            State::FIN_WAIT,
+            State::CLOSE_WAIT,
+            State::CLOSE_WAIT,
+            State::LAST_ACK,
+            State::TIME_WAIT,
+        ];
+        assert_eq!(states(&segments), expected);
+    }
+
+    #[test]
+    fn the_backend_may_close_first_and_both_at_once() {
+        let opened = [(Original, SYN), (Reply, SYN_ACK), (Original, ACK)];
+        let backend_first = [(Reply, FIN_ACK), (Original, FIN_ACK), (Reply, ACK)];
+        let at_once = [(Reply, FIN_ACK), (Original, FIN_ACK), (Original, ACK)];
+        for closing in [backend_first, at_once] {
+            let segments: Vec<_> = opened.iter().chain(&closing).copied().collect();
+            assert_eq!(
+                states(&segments)[3..],
+                [State::FIN_WAIT, State::LAST_ACK, State::TIME_WAIT]
+            );
+        }
+    }
+
+    #[test]
+    fn retransmissions_change_nothing() {
+        let segments = [
+            (Original, SYN),
+            (Original, SYN),
+            (Reply, SYN_ACK),
+            (Reply, SYN_ACK),
+            (Original, SYN),
+            (Original, FIN_ACK),
+            (Original, FIN_ACK),
+            (Original, ACK),
+        ];
+        let expected = [
+            State::SYN_SENT,
+            State::SYN_SENT,
+            State::SYN_RECEIVED,
+            State::SYN_RECEIVED,
+            State::SYN_RECEIVED,
+            State::FIN_WAIT,
+            State::FIN_WAIT,
+            State::FIN_WAIT,
+        ];
+        assert_eq!(states(&segments), expected);
+    }
+
+    #[test]
+    fn a_client_alone_does_not_establish_a_connection() {
+        let segments = [(Original, SYN), (Original, ACK), (Original, FIN_ACK)];
+        assert_eq!(states(&segments), [State::SYN_SENT; 3]);
+    }
+
+    #[test]
+    fn a_reset_closes_from_any_state() {
+        for before in [
+            vec![(Original, SYN)],
+            vec![(Original, SYN), (Reply, SYN_ACK)],
+            vec![(Original, ACK)],
+            vec![(Original, ACK), (Reply, FIN_ACK)],
+        ] {
+            let mut segments = before;
+            segments.push((Reply, RST));
+            segments.push((Original, ACK));
+            let states = states(&segments);
+            assert_eq!(states[states.len() - 2..], [State::CLOSED, State::CLOSED]);
+        }
+    }
+
+    #[test]
+    fn a_flow_picked_up_in_the_middle_counts_as_established() {
+        assert_eq!(first(Protocol::TCP, ACK), State::ESTABLISHED);
+        assert_eq!(first(Protocol::TCP, RST), State::CLOSED);
+        assert_eq!(first(Protocol::UDP, TcpFlags::NONE), State::UNREPLIED);
+    }
+}

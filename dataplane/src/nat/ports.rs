@@ -3,9 +3,11 @@
 //! A worker may use a port P of an address only if it owns (address, P) itself, so that the reply
 //! comes to it (`steer`). Ports are shared between destinations: whether a candidate is free is
 //! asked of the flow table, whose reply tuple it would become. Each destination has a cursor that
-//! walks round the circle of ports, so a port that was just freed comes last; destinations whose
-//! hashes meet share a cursor, which only makes the rest longer. No time is kept, and nothing is
-//! allocated once the addresses are known.
+//! walks round the circle of ports, so a port is not given twice before every other was tried, and
+//! the port of a short connection rests longest. (One that was held for almost a whole round and is
+//! freed just before the cursor comes rests only as long as the flow table kept it.) Destinations
+//! whose hashes meet share a cursor. No time is kept, and nothing is allocated once the addresses
+//! are known.
 
 use std::ops::RangeInclusive;
 
@@ -66,6 +68,10 @@ impl PortAllocator {
     /// Learns the node's SNAT addresses. Allocates, so it is called when they change and never for
     /// a packet; lists of addresses that stay are kept.
     pub fn set_addresses(&mut self, addresses: &[Address]) {
+        let known = |address| self.owned.iter().any(|(known, _)| known == address);
+        if addresses.len() == self.owned.len() && addresses.iter().all(known) {
+            return;
+        }
         let mut old = std::mem::take(&mut self.owned);
         for address in addresses {
             let list = match old.iter().position(|(known, _)| known == address) {
@@ -222,4 +228,171 @@ const fn mix(word: u64) -> u64 {
 #[inline]
 const fn low_half(word: u64) -> u32 {
     (word & 0xffff_ffff) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeSet, VecDeque};
+    use std::net::SocketAddr;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ADDRESSES: [&str; 2] = ["192.0.2.254:0", "[2001:db8::254]:0"];
+    const BACKENDS: [&str; 2] = ["203.0.113.20:8080", "[2001:db8::20]:8080"];
+
+    fn end(text: &str) -> Endpoint {
+        text.parse::<SocketAddr>()
+            .expect("a literal address")
+            .into()
+    }
+
+    fn allocator(
+        worker: u16,
+        workers: u16,
+        range: RangeInclusive<u16>,
+        reserved: &[RangeInclusive<u16>],
+    ) -> PortAllocator {
+        let mut allocator = PortAllocator::new(WorkerId(worker), workers, range, reserved);
+        allocator.set_addresses(&ADDRESSES.map(|text| end(text).address));
+        allocator
+    }
+
+    /// The first candidate that is not taken.
+    fn allocate(
+        allocator: &mut PortAllocator,
+        source: Address,
+        destination: &Endpoint,
+        taken: &BTreeSet<u16>,
+    ) -> Option<u16> {
+        allocator
+            .candidates(source, destination, Protocol::TCP)
+            .map(|port| port.0)
+            .find(|port| !taken.contains(port))
+    }
+
+    #[test]
+    fn workers_share_all_ports_and_none_twice() {
+        let reserved = [2000..=2099, 2500..=2500];
+        for (text, backend) in ADDRESSES.iter().zip(BACKENDS) {
+            let source = end(text).address;
+            let mut seen = BTreeSet::new();
+            for worker in 0..4 {
+                let mut allocator = allocator(worker, 4, 1024..=2999, &reserved);
+                let mut taken = BTreeSet::new();
+                while let Some(port) = allocate(&mut allocator, source, &end(backend), &taken) {
+                    assert_eq!(
+                        steer::owner(&Endpoint::new(source, Port(port)), 4),
+                        WorkerId(worker)
+                    );
+                    assert!(taken.insert(port));
+                }
+                assert_eq!(taken.len(), allocator.capacity(source));
+                assert!(seen.is_disjoint(&taken));
+                seen.extend(taken);
+            }
+            let expected = (1024..=2999).filter(|port| !reserved.iter().any(|r| r.contains(port)));
+            assert!(seen.into_iter().eq(expected));
+        }
+    }
+
+    #[test]
+    fn a_client_keeps_its_address_and_its_owner() {
+        for (text, backend) in ["192.0.2.1:0", "[2001:db8::1]:0"].iter().zip(BACKENDS) {
+            let client = end(text).address;
+            let reserved = [1100..=1199];
+            let mut allocator = allocator(2, 3, 1024..=1999, &reserved);
+            assert_eq!(allocator.capacity(client), 0);
+            let ports: Vec<u16> = allocator
+                .candidates(client, &end(backend), Protocol::UDP)
+                .map(|port| port.0)
+                .collect();
+            assert!(ports.len() > 64, "{}", ports.len());
+            for port in ports {
+                assert!(!(1100..=1199).contains(&port));
+                assert_eq!(
+                    steer::owner(&Endpoint::new(client, Port(port)), 3),
+                    WorkerId(2)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_search_is_bounded() {
+        let mut allocator = allocator(0, 1, 1024..=29_999, &[]);
+        for text in ADDRESSES {
+            let source = end(text).address;
+            let tried = allocator
+                .candidates(source, &end(BACKENDS[0]), Protocol::TCP)
+                .count();
+            assert_eq!(tried, 128);
+        }
+    }
+
+    #[test]
+    fn an_unusable_range_gives_no_port() {
+        let mut allocator = allocator(0, 1, 1024..=1099, &[1000..=2000]);
+        let source = end(ADDRESSES[0]).address;
+        let destination = end(BACKENDS[0]);
+        assert_eq!(
+            allocator
+                .candidates(source, &destination, Protocol::TCP)
+                .next(),
+            None
+        );
+        let client = end("192.0.2.1:0").address;
+        assert_eq!(
+            allocator
+                .candidates(client, &destination, Protocol::TCP)
+                .next(),
+            None
+        );
+    }
+
+    #[test]
+    fn addresses_come_and_go() {
+        let mut allocator = allocator(0, 2, 1024..=1999, &[]);
+        let [v4, v6] = ADDRESSES.map(|text| end(text).address);
+        let before = allocator.capacity(v6);
+        allocator.set_addresses(&[v6]);
+        assert_eq!(allocator.capacity(v4), 0);
+        assert_eq!(allocator.capacity(v6), before);
+    }
+
+    proptest! {
+        /// A destination's ports stand in a queue; each that is tried goes to the back, so a port is
+        /// not given twice before every other was tried.
+        #[test]
+        fn candidates_come_in_the_order_of_a_queue(
+            frees in proptest::collection::vec(proptest::option::of(any::<usize>()), 1..300),
+            family in 0_usize..2,
+        ) {
+            let mut allocator = allocator(0, 2, 1024..=1079, &[]);
+            let source = end(ADDRESSES[family]).address;
+            let destination = end(BACKENDS[family]);
+            let mut queue: VecDeque<u16> = allocator
+                .candidates(source, &destination, Protocol::TCP)
+                .map(|port| port.0)
+                .collect();
+            prop_assert_eq!(queue.len(), allocator.capacity(source));
+            let mut taken = BTreeSet::new();
+            for free in frees {
+                if let Some(nth) = free {
+                    let port = taken.iter().nth(nth % taken.len().max(1)).copied();
+                    if let Some(port) = port {
+                        taken.remove(&port);
+                    }
+                    continue;
+                }
+                let expected = queue.iter().position(|port| !taken.contains(port));
+                queue.rotate_left(expected.map_or(0, |at| at + 1));
+                let expected = expected.and_then(|_| queue.back().copied());
+                let port = allocate(&mut allocator, source, &destination, &taken);
+                prop_assert_eq!(port, expected);
+                taken.extend(port);
+            }
+        }
+    }
 }

@@ -183,10 +183,9 @@ fn transport(bytes: &mut [u8], headers: &Headers, after: &Tuple, form: Checksum)
         }
         Checksum::Complete => pseudo.of_complete(old),
     };
-    let new = if protocol == Protocol::UDP && new == 0 {
-        0xffff
-    } else {
-        new
+    let new = match protocol {
+        Protocol::UDP => checksum::never_zero(new),
+        _ => new,
     };
     checksum::write(bytes, field, new);
 }

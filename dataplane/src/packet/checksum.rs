@@ -146,28 +146,35 @@ pub fn is_partial(bytes: &[u8], headers: &Headers) -> bool {
 
 /// Completes the partial transport checksum of a packet, in software.
 pub fn complete(bytes: &mut [u8], headers: &Headers) {
-    let Some(at) = headers.checksum_offset() else {
+    let Some(field) = headers.checksum_offset() else {
         return;
     };
-    let start = usize::from(headers.transport);
-    if let Some(packet) = bytes.get_mut(..headers.end()) {
-        complete_at(packet, start, at - start);
-    }
+    let Some(part) = bytes.get(usize::from(headers.transport)..headers.end()) else {
+        return;
+    };
+    let sum = Sum::of(part).checksum();
+    let sum = match headers.tuple.protocol {
+        Protocol::UDP => never_zero(sum),
+        _ => sum,
+    };
+    write(bytes, field, sum);
 }
 
 /// Completes a partial checksum where a vnet header says: the part from `start` to the end of
 /// `packet` is summed, the field lies `offset` bytes behind `start`. `packet` ends where the IP
-/// packet ends, without Ethernet padding.
+/// packet ends, without Ethernet padding. The protocol is not known here, so zero is avoided.
 pub fn complete_at(packet: &mut [u8], start: usize, offset: usize) {
-    let Some(part) = packet.get_mut(start..) else {
-        return;
-    };
-    let checksum = match Sum::of(part).checksum() {
-        // Zero would mean "none" in UDP; both are zero to every other protocol.
-        0 => 0xffff,
-        other => other,
-    };
-    write(part, offset, checksum);
+    if let Some(part) = packet.get_mut(start..) {
+        let sum = never_zero(Sum::of(part).checksum());
+        write(part, offset, sum);
+    }
+}
+
+/// In UDP zero says that there is no checksum; all ones mean the same number.
+#[must_use]
+#[inline]
+pub const fn never_zero(checksum: u16) -> u16 {
+    if checksum == 0 { 0xffff } else { checksum }
 }
 
 /// Whether a whole packet's checksums are right: IPv4's header, and the transport's where there is

@@ -5,9 +5,9 @@
 //! is a failure. A namespace has no name and goes when its last thread and descriptor are gone.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Runs a test body in a fresh network namespace, loopback up.
 pub(crate) fn in_namespace(body: impl FnOnce() + Send + 'static) {
@@ -41,14 +41,17 @@ pub(crate) fn ip(words: &str) {
 }
 
 /// Polls until `condition` gives a value; panics after two seconds.
-#[expect(clippy::disallowed_methods, reason = "the deadline of a test")]
 pub(crate) fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(2);
+    let now = || {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+    };
+    let deadline = now() + Duration::from_secs(2);
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        assert!(now() < deadline, "waited in vain for {what}");
         std::thread::yield_now();
     }
 }
@@ -112,6 +115,99 @@ impl PacketSocket {
         };
         assert!(result == 0, "option: {}", io::Error::last_os_error());
     }
+}
+
+/// An XDP program that redirects every packet to the socket of its queue, attached until dropped.
+#[derive(Debug)]
+pub(crate) struct RedirectProgram {
+    _map: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl RedirectProgram {
+    /// Attaches it to the device's driver, with these sockets.
+    pub(crate) fn attach<'a>(
+        device: &str,
+        sockets: impl Iterator<Item = (u32, BorrowedFd<'a>)>,
+    ) -> Self {
+        // Type XSKMAP, key and value of four bytes, 64 entries.
+        let map = bpf(0, &Attributes::of_words(&[17, 4, 4, 64])).expect("a map");
+        let map = owned(map);
+        for (queue, socket) in sockets {
+            let value = socket.as_raw_fd();
+            let mut update = Attributes::of_words(&[descriptor_word(&map), 0]);
+            update.set_pointer(8, &raw const queue);
+            update.set_pointer(16, &raw const value);
+            bpf(2, &update).expect("the socket goes into the map");
+        }
+        let program = Self::load(&map);
+        // Attached to the device as XDP, in driver mode.
+        let link = [descriptor_word(&program), ifindex(device), 37, 4];
+        let link = bpf(28, &Attributes::of_words(&link)).expect("the program can be attached");
+        Self {
+            _map: map,
+            _link: owned(link),
+        }
+    }
+
+    fn load(map: &OwnedFd) -> OwnedFd {
+        let instructions: [u64; 6] = [
+            0x0000_0000_0010_1261, // r2 = rx_queue_index
+            0x0000_0000_0000_1118 | u64::from(descriptor_word(map)) << 32, // r1 = map
+            0,
+            0x0000_0002_0000_03b7, // r3 = XDP_PASS
+            0x0000_0033_0000_0085, // call bpf_redirect_map
+            0x0000_0000_0000_0095, // exit
+        ];
+        let mut load = Attributes::of_words(&[6, 6]);
+        load.set_pointer(8, instructions.as_ptr());
+        load.set_pointer(16, c"GPL".as_ptr());
+        owned(bpf(5, &load).expect("the program loads"))
+    }
+}
+
+/// `union bpf_attr`, by offsets.
+#[repr(C, align(8))]
+struct Attributes([u8; 144]);
+
+impl Attributes {
+    fn of_words(words: &[u32]) -> Self {
+        let mut attributes = Self([0; 144]);
+        for (bytes, word) in attributes.0.chunks_exact_mut(4).zip(words) {
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        attributes
+    }
+
+    fn set_pointer<T>(&mut self, offset: usize, pointer: *const T) {
+        self.0[offset..offset + 8].copy_from_slice(&(pointer.addr() as u64).to_ne_bytes());
+    }
+}
+
+fn bpf(command: i32, attributes: &Attributes) -> io::Result<i32> {
+    // SAFETY: the attributes are as large as said, zero where the command knows no field, and what
+    // they point to is borrowed by the caller until the call returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.0.as_ptr(),
+            attributes.0.len(),
+        )
+    };
+    i32::try_from(result)
+        .ok()
+        .filter(|&result| result >= 0)
+        .ok_or_else(io::Error::last_os_error)
+}
+
+fn owned(descriptor: i32) -> OwnedFd {
+    // SAFETY: the kernel has just returned it to us, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
+
+fn descriptor_word(descriptor: &OwnedFd) -> u32 {
+    descriptor.as_raw_fd().unsigned_abs()
 }
 
 /// The index of a device of this namespace.

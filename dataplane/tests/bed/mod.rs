@@ -1,4 +1,5 @@
 //! A pipeline with a node around it, for the table tests: a client, pods, a remote node, Services.
+#![allow(dead_code, reason = "each test program uses a part of the bed")]
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -301,16 +302,7 @@ impl Bed {
                     draining: false,
                 }
             });
-        let counts = Arc::new(BackendCounts::default());
-        let pipeline = Pipeline::new(PipelineParts {
-            worker: WorkerId(0),
-            workers,
-            flows: FlowTable::with_slab(Slab::with_capacity(1024), 7),
-            ports: PortAllocator::new(WorkerId(0), workers, 1024..=29_999, &[]),
-            key: FingerprintKey { key0: 1, key1: 2 },
-            counts,
-            seed: 42,
-        });
+        let pipeline = pipeline(WorkerId(0), workers);
         let mut bed = Self {
             family: family.client,
             node: Arc::new(node),
@@ -394,6 +386,11 @@ impl Bed {
         self.pipeline
             .set_snat_addresses(snapshot.masquerade_addresses());
         self.snapshot = snapshot;
+    }
+
+    /// The tables that are served.
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
     }
 
     pub(crate) fn forget_neighbors(&mut self) {
@@ -566,6 +563,19 @@ impl Bed {
         }
         frame
     }
+}
+
+/// A worker's packet path with room for 1,024 flows.
+pub(crate) fn pipeline(worker: WorkerId, workers: u16) -> Pipeline {
+    Pipeline::new(PipelineParts {
+        worker,
+        workers,
+        flows: FlowTable::with_slab(Slab::with_capacity(1024), 7),
+        ports: PortAllocator::new(worker, workers, 1024..=29_999, &[]),
+        key: FingerprintKey { key0: 1, key1: 2 },
+        counts: Arc::new(BackendCounts::default()),
+        seed: 42,
+    })
 }
 
 fn ip(text: &str) -> IpAddr {
