@@ -139,16 +139,19 @@ pub(crate) enum Scope {
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Timeouts {
     pub(crate) tcp_syn: Duration,
+    pub(crate) tcp_syn_received: Duration,
     pub(crate) tcp_established: Duration,
     pub(crate) tcp_fin: Duration,
     pub(crate) tcp_close_wait: Duration,
+    pub(crate) tcp_last_ack: Duration,
     pub(crate) tcp_time_wait: Duration,
     pub(crate) tcp_close: Duration,
     /// UDP that has seen packets one way only.
     pub(crate) udp: Duration,
     /// UDP that was answered.
     pub(crate) udp_stream: Duration,
-    pub(crate) icmp: Duration,
+    /// Any other protocol.
+    pub(crate) other: Duration,
 }
 
 /// kube-proxy's `detectLocalMode` with what it needs.

@@ -5,6 +5,7 @@ use control::balance::Scheduler;
 use control::node;
 use control::policy::ExternalIps;
 use control::{ControlConfig, DetectLocalMode};
+use dataplane::flow::expiry;
 
 use super::{Cidr, Config, DetectLocal, NodePortAddresses};
 
@@ -34,6 +35,24 @@ impl Config {
                 }
             },
             external_ips: ExternalIps::Allow,
+        }
+    }
+
+    /// How long the engine keeps flows.
+    pub(crate) fn flow_timeouts(&self) -> expiry::Timeouts {
+        let ours = &self.engine.timeouts;
+        expiry::Timeouts {
+            tcp_syn: ours.tcp_syn,
+            tcp_syn_received: ours.tcp_syn_received,
+            tcp_established: ours.tcp_established,
+            tcp_fin: ours.tcp_fin,
+            tcp_close_wait: ours.tcp_close_wait,
+            tcp_last_ack: ours.tcp_last_ack,
+            tcp_time_wait: ours.tcp_time_wait,
+            tcp_close: ours.tcp_close,
+            udp_unreplied: ours.udp,
+            udp_replied: ours.udp_stream,
+            other: ours.other,
         }
     }
 }

@@ -367,7 +367,7 @@ fn snat_addresses(section: &mut Section<'_>) -> Vec<IpAddr> {
     addresses
 }
 
-/// The kernel's defaults, then kube-proxy's `conntrack`, in mode ipvs its `ipvs`, then our own.
+/// The kernel's defaults, over them kube-proxy's `conntrack`, in mode ipvs its `ipvs`, then ours.
 fn timeouts(
     section: &mut Section<'_>,
     conntrack: &Conntrack,
@@ -382,7 +382,8 @@ fn timeouts(
             .unwrap_or_else(|| Duration::from_secs(default))
     };
     let timeouts = Timeouts {
-        tcp_syn: timeout("tcpSyn", None, 60),
+        tcp_syn: timeout("tcpSyn", None, 120),
+        tcp_syn_received: timeout("tcpSynReceived", None, 60),
         tcp_established: timeout(
             "tcpEstablished",
             in_ipvs(ipvs.tcp).or(conntrack.tcp_established),
@@ -390,11 +391,12 @@ fn timeouts(
         ),
         tcp_fin: timeout("tcpFin", in_ipvs(ipvs.tcp_fin), 120),
         tcp_close_wait: timeout("tcpCloseWait", conntrack.tcp_close_wait, 3_600),
+        tcp_last_ack: timeout("tcpLastAck", None, 30),
         tcp_time_wait: timeout("tcpTimeWait", None, 120),
         tcp_close: timeout("tcpClose", None, 10),
         udp: timeout("udp", in_ipvs(ipvs.udp).or(conntrack.udp), 30),
         udp_stream: timeout("udpStream", in_ipvs(ipvs.udp).or(conntrack.udp_stream), 120),
-        icmp: timeout("icmp", None, 30),
+        other: timeout("other", None, 600),
     };
     block.finish();
     timeouts

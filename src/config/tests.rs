@@ -244,15 +244,17 @@ sluice:
         spin: Duration::ZERO,
         flows: 5000,
         timeouts: Timeouts {
-            tcp_syn: seconds(60),
+            tcp_syn: seconds(120),
+            tcp_syn_received: seconds(60),
             tcp_established: seconds(3600),
             tcp_fin: seconds(2),
             tcp_close_wait: seconds(300),
+            tcp_last_ack: seconds(30),
             tcp_time_wait: seconds(120),
             tcp_close: seconds(10),
             udp: seconds(3),
             udp_stream: seconds(40),
-            icmp: seconds(30),
+            other: seconds(600),
         },
     };
     assert_eq!(config.engine, expected);
