@@ -291,9 +291,29 @@ fn make_clsact(ifindex: u32) -> io::Result<()> {
     .attribute(libc::TCA_KIND, b"clsact\0")
     .send();
     match made {
-        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
-        _ => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => expect_clsact(ifindex),
+        other => other.map(drop),
     }
+}
+
+/// The older `ingress` discipline stands at the same place and has no egress: a filter meant for
+/// egress would land at ingress.
+fn expect_clsact(ifindex: u32) -> io::Result<()> {
+    let disciplines =
+        Request::traffic(libc::RTM_GETQDISC, 0, ifindex, TrafficIds::default()).list()?;
+    let is_clsact = disciplines.iter().any(|body| {
+        body.get(4..8) == Some(&ifindex.to_ne_bytes())
+            && body
+                .get(TRAFFIC_HEADER..)
+                .and_then(|attributes| netlink::attribute(attributes, libc::TCA_KIND))
+                == Some(b"clsact\0")
+    });
+    if is_clsact {
+        return Ok(());
+    }
+    Err(io::Error::other(
+        "a queueing discipline of kind ingress is in the way: replace it by clsact",
+    ))
 }
 
 /// A clsact without filters does nothing, so the last one who leaves takes it away.

@@ -10,6 +10,8 @@
 //! after it; an attachment that fails half-way is undone; nothing foreign is replaced or detached.
 
 mod attach;
+#[cfg(test)]
+mod device_tests;
 mod heartbeat;
 mod layout;
 #[cfg(test)]
