@@ -4,23 +4,25 @@
 //! only looks: counters, flows, connections. Nothing here touches a packet, and control never waits
 //! for a worker; a view may.
 
-use std::collections::HashMap;
 use std::io;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
 use crossbeam::channel;
+use hashbrown::HashMap;
 
 use crate::counters::{BackendCounts, Connections, SharedCounters, WorkerCounters};
+use crate::device::DeviceReport;
 use crate::device::host::{HostPort, HostPortConfig, HostPortDevice, HostPortError, IoPreference};
 use crate::device::uplink::{Uplink, UplinkConfig, UplinkError, XdpPreference};
-use crate::device::DeviceReport;
 use crate::flow::Flow;
 use crate::flow::expiry::Timeouts;
-use crate::flow::table::{FlowTable, Slab};
+use crate::flow::store::{FlowFile, Layout, StoreError};
+use crate::flow::table::FlowTable;
 use crate::handover;
 use crate::nat::ports::PortAllocator;
 use crate::net::MacAddr;
@@ -62,6 +64,8 @@ pub struct EngineConfig {
     pub flows: u32,
     /// Time-outs of flows.
     pub timeouts: Timeouts,
+    /// Where the flow slabs lie.
+    pub state_folder: PathBuf,
     /// How long an idle worker looks for work before it blocks.
     pub spin: Duration,
     /// Secrets of hashes and seeds of choices: random, and different at each start.
@@ -108,6 +112,9 @@ pub enum EngineError {
     /// The programs cannot be loaded or attached.
     #[error(transparent)]
     Steering(#[from] SteeringError),
+    /// The flow slab cannot be made.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A thread or its bell cannot be made.
     #[error("worker {worker} cannot be started: {source}")]
     Worker {
@@ -212,10 +219,7 @@ impl Engine {
         })
     }
 
-    fn start_on(
-        config: &EngineConfig,
-        mut host_port: HostPortDevice,
-    ) -> Result<Self, EngineError> {
+    fn start_on(config: &EngineConfig, mut host_port: HostPortDevice) -> Result<Self, EngineError> {
         let mut steering = Steering::load(&steering_config(config, host_port.ifindex()))?;
         let queue_program = steering.host_queue_program()?;
         host_port
@@ -226,7 +230,9 @@ impl Engine {
         let uplinks = attach_uplinks(config, &mut steering, &ports)?;
         let host_port_view = HostPortView {
             name: host_port.name().to_owned(),
-            io: ports.first().map_or("read_write", |ports| ports.host.io().as_str()),
+            io: ports
+                .first()
+                .map_or("read_write", |ports| ports.host.io().as_str()),
             ifindex: host_port.ifindex(),
             locked_bytes: ports.iter().map(locked_bytes).sum(),
         };
@@ -243,7 +249,7 @@ impl Engine {
             let core = affinity::core_of(usize::from(id.0));
             let worker = EngineWorker::new(WorkerParts {
                 id,
-                pipeline: pipeline(config, id, Arc::clone(&counts)),
+                pipeline: pipeline(config, id, Arc::clone(&counts))?,
                 ports,
                 tuples: steering.tuples(id),
                 heartbeat: steering.heartbeat(),
@@ -256,7 +262,13 @@ impl Engine {
                 longest_wait: config.grace / 4,
             });
             threads.push(spawn(id, core, worker, Arc::clone(&stop))?);
-            workers.push(WorkerView { core, shared, counts, requests, waker });
+            workers.push(WorkerView {
+                core,
+                shared,
+                counts,
+                requests,
+                waker,
+            });
         }
         let view = EngineView {
             published,
@@ -265,7 +277,9 @@ impl Engine {
             host_port: Arc::new(host_port_view),
             heartbeat: steering.heartbeat(),
         };
-        let devices = (0..).zip(&config.uplinks).map(|(number, spec)| uplink_device(number, spec));
+        let devices = (0..)
+            .zip(&config.uplinks)
+            .map(|(number, spec)| uplink_device(number, spec));
         Ok(Self {
             devices: devices.collect(),
             uplinks: config.uplinks.clone(),
@@ -284,7 +298,10 @@ impl Engine {
     /// A table of the programs is full; the workers serve the new tables all the same.
     pub fn publish(&mut self, snapshot: &Snapshot) -> Result<u64, EngineError> {
         let epoch = self.view.published.load().epoch + 1;
-        let node = Node { devices: self.devices.clone(), ..(*snapshot.node).clone() };
+        let node = Node {
+            devices: self.devices.clone(),
+            ..(*snapshot.node).clone()
+        };
         let snapshot = snapshot.with_node(epoch, Arc::new(node), Arc::clone(&snapshot.fib));
         let frontends: Vec<_> = snapshot.frontends().map(|(key, _)| key_of(key)).collect();
         let addresses: Vec<_> = snapshot.node.addresses.iter().copied().collect();
@@ -306,8 +323,16 @@ impl Engine {
         mac: MacAddr,
         mtu: u32,
     ) -> Result<(), EngineError> {
-        if let Some(number) = self.uplinks.iter().position(|uplink| uplink.ifindex == ifindex) {
-            let spec = UplinkSpec { mac, mtu, ..self.uplinks[number].clone() };
+        if let Some(number) = self
+            .uplinks
+            .iter()
+            .position(|uplink| uplink.ifindex == ifindex)
+        {
+            let spec = UplinkSpec {
+                mac,
+                mtu,
+                ..self.uplinks[number].clone()
+            };
             let number = u8::try_from(number).unwrap_or(u8::MAX);
             self.devices.extend([uplink_device(number, &spec)]);
             return Ok(());
@@ -398,7 +423,11 @@ impl EngineView {
     /// The epoch that every worker has seen.
     #[must_use]
     pub fn acknowledged(&self) -> u64 {
-        self.workers.iter().map(|worker| worker.shared.read().epoch).min().unwrap_or(0)
+        self.workers
+            .iter()
+            .map(|worker| worker.shared.read().epoch)
+            .min()
+            .unwrap_or(0)
     }
 
     /// When the engine as a whole was last alive.
@@ -422,7 +451,10 @@ impl EngineView {
     /// A backend's connections over all workers.
     #[must_use]
     pub fn connections(&self, backend: BackendId) -> Connections {
-        let parts = self.workers.iter().map(|worker| worker.counts.read(backend));
+        let parts = self
+            .workers
+            .iter()
+            .map(|worker| worker.counts.read(backend));
         parts.fold(Connections::default(), |sum, part| Connections {
             active: sum.active.saturating_add(part.active),
             inactive: sum.inactive.saturating_add(part.inactive),
@@ -435,7 +467,9 @@ impl EngineView {
     pub fn workers(&self) -> Vec<WorkerReport> {
         let report = |worker: &WorkerView| {
             let (reply, answer) = channel::bounded(1);
-            let report = worker.ask(Request::Ports { reply }, &answer).unwrap_or_default();
+            let report = worker
+                .ask(Request::Ports { reply }, &answer)
+                .unwrap_or_default();
             WorkerReport {
                 core: worker.core,
                 counters: worker.shared.read(),
@@ -453,7 +487,9 @@ impl EngineView {
         for (id, worker) in (0..).zip(self.workers.iter()) {
             let mut next = Some(0);
             while let Some(from) = next {
-                let Some(page) = worker.flows(from) else { break };
+                let Some(page) = worker.flows(from) else {
+                    break;
+                };
                 all.extend(page.flows.iter().map(|flow| (id, *flow, page.now)));
                 next = page.next;
             }
@@ -469,7 +505,14 @@ impl EngineView {
 impl WorkerView {
     fn flows(&self, from: usize) -> Option<FlowPage> {
         let (reply, answer) = channel::bounded(1);
-        self.ask(Request::Flows { from, limit: FLOWS_A_PAGE, reply }, &answer)
+        self.ask(
+            Request::Flows {
+                from,
+                limit: FLOWS_A_PAGE,
+                reply,
+            },
+            &answer,
+        )
     }
 
     fn ask<T>(&self, request: Request, answer: &channel::Receiver<T>) -> Option<T> {
@@ -505,7 +548,10 @@ const fn fingerprint_key(config: &EngineConfig) -> FingerprintKey {
 }
 
 fn flows_per_worker(config: &EngineConfig) -> u32 {
-    config.flows.div_ceil(u32::from(config.workers.max(1))).max(1_024)
+    config
+        .flows
+        .div_ceil(u32::from(config.workers.max(1)))
+        .max(1_024)
 }
 
 /// Two fingerprints a flow, and half of the eight slots free.
@@ -513,11 +559,22 @@ const fn buckets(flows: u32) -> u32 {
     (flows / 2).next_power_of_two()
 }
 
-fn pipeline(config: &EngineConfig, id: WorkerId, counts: Arc<BackendCounts>) -> Pipeline {
+fn pipeline(
+    config: &EngineConfig,
+    id: WorkerId,
+    counts: Arc<BackendCounts>,
+) -> Result<Pipeline, EngineError> {
     let [.., table_seed, choice_seed] = config.seed;
-    let mut flows = FlowTable::with_slab(Slab::with_capacity(flows_per_worker(config)), table_seed);
+    let layout = Layout {
+        worker: id.0,
+        workers: config.workers,
+        snat_ports: config.snat_ports.clone(),
+        capacity: flows_per_worker(config),
+    };
+    let slab = FlowFile::create(&config.state_folder, &layout)?;
+    let mut flows = FlowTable::with_slab(slab.into(), table_seed);
     flows.set_timeouts(config.timeouts);
-    Pipeline::new(PipelineParts {
+    Ok(Pipeline::new(PipelineParts {
         worker: id,
         workers: config.workers,
         flows,
@@ -530,7 +587,7 @@ fn pipeline(config: &EngineConfig, id: WorkerId, counts: Arc<BackendCounts>) -> 
         key: fingerprint_key(config),
         counts,
         seed: choice_seed ^ u64::from(id.0),
-    })
+    }))
 }
 
 fn open_ports(
@@ -547,7 +604,12 @@ fn open_ports(
                 device: open_uplink(config, spec, id)?,
             });
         }
-        all.push(Ports { uplinks, host, inboxes: Vec::new(), outboxes: Vec::new() });
+        all.push(Ports {
+            uplinks,
+            host,
+            inboxes: Vec::new(),
+            outboxes: Vec::new(),
+        });
     }
     Ok(all)
 }
@@ -560,7 +622,9 @@ fn open_uplink(
     worker: u32,
 ) -> Result<Option<Uplink>, EngineError> {
     let workers = u32::from(config.workers);
-    let queues: Vec<u32> = (0..spec.queues).filter(|queue| queue % workers == worker).collect();
+    let queues: Vec<u32> = (0..spec.queues)
+        .filter(|queue| queue % workers == worker)
+        .collect();
     if queues.is_empty() {
         return Ok(None);
     }
@@ -585,7 +649,9 @@ fn attach_uplinks(
     let mut views = Vec::new();
     for (number, spec) in config.uplinks.iter().enumerate() {
         let first = steering.attach_uplink(spec.ifindex, mode)?;
-        let opened = ports.iter().filter_map(|ports| ports.uplinks.get(number)?.device.as_ref());
+        let opened = ports
+            .iter()
+            .filter_map(|ports| ports.uplinks.get(number)?.device.as_ref());
         let mut xdp = "copy";
         for uplink in opened {
             xdp = uplink.mode().as_str();
@@ -593,7 +659,11 @@ fn attach_uplinks(
                 steering.set_socket(first + queue, socket)?;
             }
         }
-        views.push(UplinkView { name: spec.name.clone(), xdp, queues: spec.queues });
+        views.push(UplinkView {
+            name: spec.name.clone(),
+            xdp,
+            queues: spec.queues,
+        });
     }
     Ok(views)
 }
@@ -605,7 +675,9 @@ fn locked_bytes(ports: &Ports<Uplink, HostPort>) -> u64 {
 
 fn wakers(workers: u16) -> Result<Vec<Arc<Waker>>, EngineError> {
     let waker = |worker| {
-        Waker::new().map(Arc::new).map_err(|source| EngineError::Worker { worker, source })
+        Waker::new()
+            .map(Arc::new)
+            .map_err(|source| EngineError::Worker { worker, source })
     };
     (0..workers).map(waker).collect()
 }
@@ -619,7 +691,9 @@ fn connect(ports: &mut [Ports<Uplink, HostPort>], wakers: &[Arc<Waker>]) {
                 continue;
             }
             let (outbox, inbox) = handover::ring();
-            ports[from].outboxes.push(Some((outbox, Arc::clone(&wakers[to]))));
+            ports[from]
+                .outboxes
+                .push(Some((outbox, Arc::clone(&wakers[to]))));
             ports[to].inboxes.push(inbox);
         }
     }
@@ -638,7 +712,10 @@ fn spawn(
             let _pinned = affinity::pin(core);
             worker.run(&stop);
         })
-        .map_err(|source| EngineError::Worker { worker: id.0, source })
+        .map_err(|source| EngineError::Worker {
+            worker: id.0,
+            source,
+        })
 }
 
 fn uplink_device(number: u8, spec: &UplinkSpec) -> (u32, NodeDevice) {

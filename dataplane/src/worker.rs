@@ -30,9 +30,7 @@ use crate::device::{BATCH, Batch, Device, DeviceReport, Frame, VnetHeader};
 use crate::flow::Flow;
 use crate::handover::{Inbox, Outbox, Parcel};
 use crate::packet::ethernet;
-use crate::pipeline::{
-    ChecksumState, Door, FlowEvent, Meta, Out, Packet, Pipeline, Verdict, punt,
-};
+use crate::pipeline::{ChecksumState, Door, FlowEvent, Meta, Out, Packet, Pipeline, Verdict, punt};
 use crate::snapshot::Snapshot;
 use crate::steer::WorkerId;
 use crate::steering::{Heartbeat, TupleMap};
@@ -242,11 +240,14 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
             return;
         }
         self.counters.epoch = snapshot.epoch;
-        self.pipeline.set_snat_addresses(snapshot.masquerade_addresses());
+        self.pipeline
+            .set_snat_addresses(snapshot.masquerade_addresses());
     }
 
     fn take_uplink(&mut self, number: usize, now: Instant, snapshot: &Snapshot) -> usize {
-        let Some(port) = self.ports.uplinks.get_mut(number) else { return 0 };
+        let Some(port) = self.ports.uplinks.get_mut(number) else {
+            return 0;
+        };
         let mut batch = std::mem::take(&mut self.batch);
         let checksum = if port.suspect_checksums {
             ChecksumState::Suspect
@@ -254,10 +255,21 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
             ChecksumState::Complete
         };
         let uplink = u8::try_from(number).unwrap_or(u8::MAX);
-        let door = Door::Uplink { uplink, ifindex: port.ifindex };
-        let count = port.device.as_mut().map_or(0, |device| device.receive(&mut batch));
+        let door = Door::Uplink {
+            uplink,
+            ifindex: port.ifindex,
+        };
+        let count = port
+            .device
+            .as_mut()
+            .map_or(0, |device| device.receive(&mut batch));
         for (frame, vnet) in batch.drain(..) {
-            let meta = Meta { door, checksum, super_packet: false, handovers: 0 };
+            let meta = Meta {
+                door,
+                checksum,
+                super_packet: false,
+                handovers: 0,
+            };
             self.counters.received += 1;
             self.handle(Source::Uplink(number, frame), meta, vnet, now, snapshot);
         }
@@ -284,8 +296,12 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
                 ChecksumState::Complete
             };
             let door = Door::Host(origin);
-            let meta =
-                Meta { door, checksum, super_packet: vnet.is_super_packet(), handovers: 0 };
+            let meta = Meta {
+                door,
+                checksum,
+                super_packet: vnet.is_super_packet(),
+                handovers: 0,
+            };
             self.handle(Source::Host(frame), meta, vnet, now, snapshot);
         }
         self.batch = batch;
@@ -297,7 +313,9 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
         for number in 0..self.ports.inboxes.len() {
             for _ in 0..BATCH {
                 let inbox = self.ports.inboxes.get_mut(number);
-                let Some(parcel) = inbox.and_then(Inbox::receive) else { break };
+                let Some(parcel) = inbox.and_then(Inbox::receive) else {
+                    break;
+                };
                 count += 1;
                 self.counters.handed_in += 1;
                 let (meta, vnet) = (parcel.meta, parcel.vnet);
@@ -319,8 +337,13 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
         now: Instant,
         snapshot: &Snapshot,
     ) -> Option<Parcel> {
-        let Self { pipeline, ports, .. } = self;
-        let mut packet = Packet { bytes: ports.bytes(&mut source), meta };
+        let Self {
+            pipeline, ports, ..
+        } = self;
+        let mut packet = Packet {
+            bytes: ports.bytes(&mut source),
+            meta,
+        };
         let mut verdict = pipeline.process(&mut packet, now, snapshot);
         let meta = packet.meta;
         // A checksum that was completed in software is partial no more.
@@ -341,7 +364,12 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
         vnet: &VnetHeader,
         snapshot: &Snapshot,
     ) -> Option<Parcel> {
-        let Self { ports, pipeline, counters, .. } = self;
+        let Self {
+            ports,
+            pipeline,
+            counters,
+            ..
+        } = self;
         match verdict {
             Verdict::Transmit(out) => {
                 let (sent, parcel) = ports.send(source, out, vnet);
@@ -430,10 +458,14 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
             Ok(Request::Ports { reply }) => {
                 let uplinks = self.ports.uplinks.iter();
                 let report = |port: &UplinkPort<U>| port.device.as_ref().map(Device::report);
-                drop(reply.send(PortsReport {
-                    host_port: self.ports.host.report(),
-                    uplinks: uplinks.map(|port| report(port).unwrap_or_default()).collect(),
-                }));
+                drop(
+                    reply.send(PortsReport {
+                        host_port: self.ports.host.report(),
+                        uplinks: uplinks
+                            .map(|port| report(port).unwrap_or_default())
+                            .collect(),
+                    }),
+                );
             }
             Err(_) => {}
         }
@@ -464,7 +496,10 @@ impl<U: Device, H: Device> Ports<U, H> {
     fn bytes<'a>(&'a mut self, source: &'a mut Source) -> &'a mut [u8] {
         match source {
             Source::Uplink(number, frame) => {
-                let port = self.uplinks.get_mut(*number).and_then(|port| port.device.as_mut());
+                let port = self
+                    .uplinks
+                    .get_mut(*number)
+                    .and_then(|port| port.device.as_mut());
                 port.map(|device| device.bytes(frame)).unwrap_or_default()
             }
             Source::Host(frame) => self.host.bytes(frame),
@@ -475,8 +510,10 @@ impl<U: Device, H: Device> Ports<U, H> {
     fn free(&mut self, source: Source) -> Option<Parcel> {
         match source {
             Source::Uplink(number, frame) => {
-                if let Some(device) =
-                    self.uplinks.get_mut(number).and_then(|port| port.device.as_mut())
+                if let Some(device) = self
+                    .uplinks
+                    .get_mut(number)
+                    .and_then(|port| port.device.as_mut())
                 {
                     device.free(frame);
                 }
@@ -497,8 +534,14 @@ impl<U: Device, H: Device> Ports<U, H> {
             (Out::Uplink { uplink, .. }, Source::Uplink(number, frame))
                 if usize::from(uplink) == number =>
             {
-                let port = self.uplinks.get_mut(number).and_then(|port| port.device.as_mut());
-                (port.is_some_and(|device| device.transmit(frame, vnet).is_ok()), None)
+                let port = self
+                    .uplinks
+                    .get_mut(number)
+                    .and_then(|port| port.device.as_mut());
+                (
+                    port.is_some_and(|device| device.transmit(frame, vnet).is_ok()),
+                    None,
+                )
             }
             (Out::Host(command), Source::Host(frame)) => {
                 write_command(self.host.bytes(&frame), &command);
@@ -506,7 +549,9 @@ impl<U: Device, H: Device> Ports<U, H> {
             }
             (Out::Host(command), Source::Uplink(number, frame)) => {
                 let Self { uplinks, host, .. } = self;
-                let port = uplinks.get_mut(number).and_then(|port| port.device.as_mut());
+                let port = uplinks
+                    .get_mut(number)
+                    .and_then(|port| port.device.as_mut());
                 let sent = port.is_some_and(|device| {
                     let bytes = device.bytes(&frame);
                     write_command(bytes, &command);
@@ -518,7 +563,9 @@ impl<U: Device, H: Device> Ports<U, H> {
             }
             (Out::Uplink { uplink, .. }, Source::Host(frame)) => {
                 let Self { uplinks, host, .. } = self;
-                let port = uplinks.get_mut(usize::from(uplink)).and_then(|p| p.device.as_mut());
+                let port = uplinks
+                    .get_mut(usize::from(uplink))
+                    .and_then(|p| p.device.as_mut());
                 let bytes = host.bytes(&frame);
                 let sent = port.is_some_and(|device| device.transmit_copy(bytes, vnet).is_ok());
                 host.free(frame);
@@ -536,9 +583,19 @@ impl<U: Device, H: Device> Ports<U, H> {
         }
     }
 
-    fn between_uplinks(&mut self, from: usize, to: usize, frame: &Frame, vnet: &VnetHeader) -> bool {
-        let Ok([from, to]) = self.uplinks.get_disjoint_mut([from, to]) else { return false };
-        let (Some(from), Some(to)) = (&mut from.device, &mut to.device) else { return false };
+    fn between_uplinks(
+        &mut self,
+        from: usize,
+        to: usize,
+        frame: &Frame,
+        vnet: &VnetHeader,
+    ) -> bool {
+        let Ok([from, to]) = self.uplinks.get_disjoint_mut([from, to]) else {
+            return false;
+        };
+        let (Some(from), Some(to)) = (&mut from.device, &mut to.device) else {
+            return false;
+        };
         to.transmit_copy(from.bytes(frame), vnet).is_ok()
     }
 
@@ -579,8 +636,10 @@ impl<U: Device, H: Device> Ports<U, H> {
         meta: &Meta,
         vnet: &VnetHeader,
     ) -> bool {
-        let Some(Some((mut outbox, waker))) =
-            self.outboxes.get_mut(usize::from(worker.0)).map(Option::take)
+        let Some(Some((mut outbox, waker))) = self
+            .outboxes
+            .get_mut(usize::from(worker.0))
+            .map(Option::take)
         else {
             return false;
         };
@@ -597,7 +656,11 @@ impl<U: Device, H: Device> Ports<U, H> {
     fn is_readable(&mut self) -> bool {
         self.inboxes.iter().any(|inbox| !inbox.is_empty())
             || self.host.is_readable()
-            || self.uplinks.iter_mut().flat_map(|port| &mut port.device).any(Device::is_readable)
+            || self
+                .uplinks
+                .iter_mut()
+                .flat_map(|port| &mut port.device)
+                .any(Device::is_readable)
     }
 }
 

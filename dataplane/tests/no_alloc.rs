@@ -45,7 +45,10 @@ fn round(bed: &Bed, family: &bed::Family, first_port: u16) -> Round {
         (usize::from(port % 2), packet)
     });
     let pods = ports.map(|port| bed.syn(family.pod_b, port, family.both, 80));
-    Round { wire: wire.collect(), pods: pods.collect() }
+    Round {
+        wire: wire.collect(),
+        pods: pods.collect(),
+    }
 }
 
 fn play(crew: &mut Crew, round: &mut Round, scratch: &mut Vec<u8>) {
@@ -70,8 +73,9 @@ fn nothing_is_allocated_once_warm() {
         let first = bed.snapshot().clone();
         bed.drain_pod_a();
         let second = bed.snapshot().clone();
-        let mut rounds: Vec<_> =
-            (0..4_u16).map(|n| round(&bed, family, 20_000 + n * 100)).collect();
+        let mut rounds: Vec<_> = (0..4_u16)
+            .map(|n| round(&bed, family, 20_000 + n * 100))
+            .collect();
         play(&mut crew, &mut rounds[0], &mut scratch);
         crew.wait(300);
 
@@ -90,7 +94,11 @@ fn nothing_is_allocated_once_warm() {
         play(&mut crew, &mut rounds[3], &mut scratch);
         let after = ALLOCATIONS.load(Ordering::Relaxed);
         assert_eq!(after - before, 0, "allocations after an epoch swap");
-        let handed: u64 = crew.workers.iter().map(|worker| worker.counters().handed_in).sum();
+        let handed: u64 = crew
+            .workers
+            .iter()
+            .map(|worker| worker.counters().handed_in)
+            .sum();
         assert!(handed > 0, "the rounds hand packets over");
         assert!(crew.flows() > 0);
         crew.assert_whole();

@@ -29,10 +29,17 @@ fn flows_from_any_queue_are_served_by_their_owner_and_replies_find_it() {
         let mut clients: Vec<_> = replies.iter().map(|packet| packet.ends().3).collect();
         clients.sort_unstable();
         assert_eq!(clients, (40_000..40_064).collect::<Vec<_>>());
-        let shares: Vec<_> =
-            crew.workers.iter().map(|worker| worker.pipeline().flows().len()).collect();
+        let shares: Vec<_> = crew
+            .workers
+            .iter()
+            .map(|worker| worker.pipeline().flows().len())
+            .collect();
         assert!(shares.iter().all(|&share| share > 16), "{shares:?}");
-        let handed: u64 = crew.workers.iter().map(|worker| worker.counters().handed_in).sum();
+        let handed: u64 = crew
+            .workers
+            .iter()
+            .map(|worker| worker.counters().handed_in)
+            .sum();
         assert!(handed > 0);
         crew.assert_whole();
     }
@@ -63,16 +70,25 @@ fn a_full_flow_table_refuses_new_flows_and_keeps_the_old_ones() {
     let mut crew = Crew::new(1, bed.snapshot());
     let mut scratch = Vec::new();
     for port in 10_000..11_100 {
-        crew.from_wire(0, &bed.udp(family.client, port, family.node, bed::NODE_PORT_LOCAL));
+        crew.from_wire(
+            0,
+            &bed.udp(family.client, port, family.node, bed::NODE_PORT_LOCAL),
+        );
         crew.settle();
         crew.discard(&mut scratch);
     }
     assert_eq!(crew.flows(), 1_024);
     let counters = crew.workers[0].counters().clone();
     assert_eq!(counters.dropped[DropReason::FlowTableFull as usize], 76);
-    crew.from_wire(0, &bed.udp(family.client, 10_000, family.node, bed::NODE_PORT_LOCAL));
+    crew.from_wire(
+        0,
+        &bed.udp(family.client, 10_000, family.node, bed::NODE_PORT_LOCAL),
+    );
     crew.settle();
-    assert_eq!(crew.workers[0].counters().transmitted, counters.transmitted + 1);
+    assert_eq!(
+        crew.workers[0].counters().transmitted,
+        counters.transmitted + 1
+    );
     crew.discard(&mut scratch);
     crew.assert_whole();
 }
@@ -83,8 +99,14 @@ fn a_packet_that_finds_no_room_at_the_device_is_counted_and_its_chunk_comes_back
     let bed = Bed::new(family);
     let mut crew = Crew::new(1, bed.snapshot());
     crew.workers[0].ports().host.limit_transmit(0);
-    crew.from_wire(0, &bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
+    crew.from_wire(
+        0,
+        &bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL),
+    );
     crew.settle();
-    assert_eq!(crew.workers[0].counters().dropped[DropReason::DeviceFull as usize], 1);
+    assert_eq!(
+        crew.workers[0].counters().dropped[DropReason::DeviceFull as usize],
+        1
+    );
     crew.assert_whole();
 }

@@ -15,6 +15,7 @@
 )]
 
 pub mod expiry;
+pub mod store;
 pub mod table;
 pub mod tcp;
 

@@ -14,6 +14,7 @@ use std::ops::{Deref, DerefMut};
 use hashbrown::HashTable;
 
 use super::expiry::{Timeouts, Wheel};
+use super::store::FlowFile;
 use super::{Flow, State, seconds, stamp, tcp};
 use crate::net::{Direction, Endpoint, Protocol, Tuple};
 use crate::packet::TcpFlags;
@@ -348,13 +349,21 @@ impl NewFlow {
 
 /// The memory of a table's flows.
 #[derive(Debug)]
-pub struct Slab(Box<[Flow]>);
+pub struct Slab(Memory);
+
+#[derive(Debug)]
+enum Memory {
+    Own(Box<[Flow]>),
+    File(FlowFile),
+}
 
 impl Slab {
     /// Memory of this process, for `capacity` flows.
     #[must_use]
     pub fn with_capacity(capacity: u32) -> Self {
-        Self(vec![Flow::default(); capacity.min(LARGEST) as usize].into_boxed_slice())
+        vec![Flow::default(); capacity.min(LARGEST) as usize]
+            .into_boxed_slice()
+            .into()
     }
 
     /// How many flows it can hold.
@@ -375,7 +384,13 @@ impl Slab {
 
 impl From<Box<[Flow]>> for Slab {
     fn from(flows: Box<[Flow]>) -> Self {
-        Self(flows)
+        Self(Memory::Own(flows))
+    }
+}
+
+impl From<FlowFile> for Slab {
+    fn from(flows: FlowFile) -> Self {
+        Self(Memory::File(flows))
     }
 }
 
@@ -384,14 +399,20 @@ impl Deref for Slab {
 
     #[inline]
     fn deref(&self) -> &[Flow] {
-        &self.0
+        match &self.0 {
+            Memory::Own(flows) => flows,
+            Memory::File(flows) => flows,
+        }
     }
 }
 
 impl DerefMut for Slab {
     #[inline]
     fn deref_mut(&mut self) -> &mut [Flow] {
-        &mut self.0
+        match &mut self.0 {
+            Memory::Own(flows) => flows,
+            Memory::File(flows) => flows,
+        }
     }
 }
 

@@ -115,6 +115,53 @@ impl Drop for Mapping {
     }
 }
 
+/// Values in a mapped region, as a slice.
+#[derive(Debug)]
+pub(crate) struct MappedSlice<T> {
+    start: NonNull<T>,
+    count: usize,
+    /// Keeps the region mapped.
+    _mapping: Mapping,
+}
+
+// SAFETY: the region belongs to this value alone, as the values of a `Box<[T]>` do.
+unsafe impl<T: Send> Send for MappedSlice<T> {}
+// SAFETY: a shared reference gives only shared access to the values.
+unsafe impl<T: Sync> Sync for MappedSlice<T> {}
+
+impl<T: FromBytes + IntoBytes + KnownLayout + Immutable> MappedSlice<T> {
+    /// `count` values from byte `offset` of a region on; `None` if they do not fit or are not
+    /// aligned there.
+    pub(crate) fn new(mut mapping: Mapping, offset: usize, count: usize) -> Option<Self> {
+        let values = mapping.slice_mut::<T>(offset, count)?;
+        let start = NonNull::new(values.as_mut_ptr())?;
+        Some(Self {
+            start,
+            count,
+            _mapping: mapping,
+        })
+    }
+}
+
+impl<T> std::ops::Deref for MappedSlice<T> {
+    type Target = [T];
+
+    #[inline]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `new` checked bounds, alignment and that any bytes are a value; the mapping lives
+        // as long as `self`, and `&self` excludes a mutable view.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.count) }
+    }
+}
+
+impl<T> std::ops::DerefMut for MappedSlice<T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`; `&mut self` makes this the only view.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.count) }
+    }
+}
+
 /// A region seen as atomic words by several threads, and by the kernel's programs.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedWords(Arc<Mapping>);
@@ -180,6 +227,17 @@ mod tests {
         assert!(mapping.slice_mut::<u64>(4, 1).is_none());
         assert!(mapping.slice_mut::<u64>(8, usize::MAX).is_none());
         assert!(mapping.slice_mut::<u64>(4088, 1).is_some());
+    }
+
+    #[test]
+    fn a_slice_keeps_its_region_and_refuses_what_does_not_fit() {
+        let mut slice = MappedSlice::<u64>::new(Mapping::anonymous(4096).expect("a page"), 8, 511)
+            .expect("it fits");
+        slice[510] = 7;
+        assert_eq!(slice.last(), Some(&7));
+        assert!(
+            MappedSlice::<u64>::new(Mapping::anonymous(4096).expect("a page"), 8, 512).is_none()
+        );
     }
 
     #[test]

@@ -132,11 +132,6 @@ impl Memory {
         unsafe { std::slice::from_raw_parts_mut(address, length) }
     }
 
-    /// How many chunks are free.
-    pub(crate) const fn free(&self) -> usize {
-        self.free.len()
-    }
-
     /// How many there are.
     pub(crate) const fn count(&self) -> usize {
         self.chunks.len()

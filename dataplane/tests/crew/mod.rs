@@ -34,8 +34,9 @@ pub(crate) struct Crew {
 impl Crew {
     pub(crate) fn new(count: u16, snapshot: &Snapshot) -> Self {
         let published = Arc::new(ArcSwap::from_pointee(snapshot.clone()));
-        let wakers: Vec<_> =
-            (0..count).map(|_| Arc::new(Waker::new().expect("an eventfd"))).collect();
+        let wakers: Vec<_> = (0..count)
+            .map(|_| Arc::new(Waker::new().expect("an eventfd")))
+            .collect();
         let mut ports: Vec<_> = (0..count)
             .map(|_| Ports {
                 uplinks: vec![UplinkPort {
@@ -55,7 +56,9 @@ impl Crew {
                     continue;
                 }
                 let (outbox, inbox) = handover::ring();
-                ports[from].outboxes.push(Some((outbox, Arc::clone(&wakers[to]))));
+                ports[from]
+                    .outboxes
+                    .push(Some((outbox, Arc::clone(&wakers[to]))));
                 ports[to].inboxes.push(inbox);
             }
         }
@@ -79,7 +82,11 @@ impl Crew {
             })
         };
         let workers = (0..count).zip(ports).zip(&wakers).map(worker).collect();
-        Self { workers, published, now: Instant::from_secs(1_000) }
+        Self {
+            workers,
+            published,
+            now: Instant::from_secs(1_000),
+        }
     }
 
     pub(crate) fn publish(&self, snapshot: &Snapshot) {
@@ -90,7 +97,9 @@ impl Crew {
     pub(crate) fn from_wire(&mut self, worker: usize, frame: &[u8]) {
         let device = self.workers[worker].ports().uplinks[0].device.as_mut();
         let device = device.expect("every worker of the crew has a queue");
-        device.push(frame, &VnetHeader::default()).expect("a free chunk");
+        device
+            .push(frame, &VnetHeader::default())
+            .expect("a free chunk");
     }
 
     /// The steering redirects a frame to a worker's queue of the host port.
@@ -103,12 +112,20 @@ impl Crew {
         frame[..6].copy_from_slice(&bed::FAR.0);
         frame[6..12].copy_from_slice(&Origin::encode(ifindex, hook, direction).0);
         let device = &mut self.workers[worker].ports().host;
-        device.push(frame, &VnetHeader::default()).expect("a free chunk");
+        device
+            .push(frame, &VnetHeader::default())
+            .expect("a free chunk");
     }
 
     /// Turns every worker until none has work.
     pub(crate) fn settle(&mut self) {
-        while self.workers.iter_mut().map(|worker| worker.turn(self.now)).sum::<usize>() > 0 {}
+        while self
+            .workers
+            .iter_mut()
+            .map(|worker| worker.turn(self.now))
+            .sum::<usize>()
+            > 0
+        {}
     }
 
     /// Time passes, in steps that the timer wheel can follow.
@@ -122,9 +139,15 @@ impl Crew {
     /// All frames that left by the wire, of all workers.
     pub(crate) fn sent_by_wire(&mut self) -> Vec<bed::Sent> {
         let devices = self.workers.iter_mut().flat_map(|worker| {
-            worker.ports().uplinks[0].device.as_mut().map(MemoryDevice::drain_sent)
+            worker.ports().uplinks[0]
+                .device
+                .as_mut()
+                .map(MemoryDevice::drain_sent)
         });
-        devices.flatten().map(|(bytes, _)| bed::Sent(bytes)).collect()
+        devices
+            .flatten()
+            .map(|(bytes, _)| bed::Sent(bytes))
+            .collect()
     }
 
     /// Forgets what was sent, without a copy.
@@ -144,15 +167,24 @@ impl Crew {
             assert!(worker.counters().is_balanced(), "{:?}", worker.counters());
             let ports = worker.ports();
             assert_eq!(ports.host.held(), 0);
-            assert_eq!(ports.uplinks[0].device.as_ref().map(MemoryDevice::held), Some(0));
+            assert_eq!(
+                ports.uplinks[0].device.as_ref().map(MemoryDevice::held),
+                Some(0)
+            );
         }
     }
 
     pub(crate) fn flows(&self) -> usize {
-        self.workers.iter().map(|worker| worker.pipeline().flows().len()).sum()
+        self.workers
+            .iter()
+            .map(|worker| worker.pipeline().flows().len())
+            .sum()
     }
 
     pub(crate) fn tuples(&self) -> usize {
-        self.workers.iter().map(|worker| worker.tuples().count()).sum()
+        self.workers
+            .iter()
+            .map(|worker| worker.tuples().count())
+            .sum()
     }
 }
