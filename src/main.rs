@@ -9,6 +9,7 @@ mod args;
 mod commands;
 mod config;
 mod journal;
+mod observe;
 mod output;
 mod report;
 mod state;

@@ -290,7 +290,7 @@ fn a_second_sluice_is_told_the_first_ones_number() {
             "--state-dir",
             state,
         ][..],
-        &["cleanup", "--state-dir", state],
+        &["cleanup", "--dry-run", "--state-dir", state],
     ] {
         let output = sluice(words);
         assert_eq!(code(&output), 1);
@@ -298,5 +298,8 @@ fn a_second_sluice_is_told_the_first_ones_number() {
         assert!(error(&output).contains(&expected), "{}", error(&output));
     }
     assert_eq!(running.terminate(), Some(0));
-    assert_eq!(code(&sluice(&["cleanup", "--state-dir", state])), 0);
+    assert_eq!(
+        code(&sluice(&["cleanup", "--dry-run", "--state-dir", state])),
+        0
+    );
 }

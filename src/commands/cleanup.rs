@@ -1,5 +1,6 @@
-//! `sluice cleanup`: takes back what an ended sluice left on this node, from its undo journal.
-//! A running one is never touched: its lock is held, and the command says whose.
+//! `sluice cleanup`: takes back what an ended sluice left on this node: what its undo journal says,
+//! then what stands there without being written down. A running one that uses the same state folder
+//! is never touched: its lock is held, and the command says whose.
 
 use std::path::Path;
 
@@ -14,10 +15,12 @@ use crate::state::StateFolder;
 use crate::undo;
 
 pub(crate) fn run(args: &CleanupArgs, output: Output) -> anyhow::Result<()> {
-    let left = match StateFolder::open_existing(&args.state_dir)? {
-        Some(folder) => clean(folder.path(), args.dry_run)?,
+    let folder = StateFolder::open_existing(&args.state_dir)?;
+    let mut left = match &folder {
+        Some(folder) => from_journal(folder.path(), args.dry_run)?,
         None => Vec::new(),
     };
+    left.extend(without_journal(args.dry_run));
     let failed = left
         .iter()
         .filter(|left| left.outcome == Outcome::Failed)
@@ -30,12 +33,12 @@ pub(crate) fn run(args: &CleanupArgs, output: Output) -> anyhow::Result<()> {
     };
     output::print(&result, output)?;
     if failed > 0 {
-        bail!("{failed} of the changes could not be undone; they are tried again next time");
+        bail!("{failed} of the changes could not be undone; run it again as root");
     }
     Ok(())
 }
 
-fn clean(folder: &Path, dry_run: bool) -> anyhow::Result<Vec<Left>> {
+fn from_journal(folder: &Path, dry_run: bool) -> anyhow::Result<Vec<Left>> {
     let mut journal = Journal::open(folder)
         .with_context(|| format!("cannot read the journal in {}", folder.display()))?;
     if dry_run {
@@ -55,6 +58,32 @@ fn clean(folder: &Path, dry_run: bool) -> anyhow::Result<Vec<Left>> {
         }
     }
     Ok(left)
+}
+
+fn without_journal(dry_run: bool) -> Vec<Left> {
+    let outcome = if dry_run {
+        Outcome::WouldUndo
+    } else {
+        Outcome::Undone
+    };
+    match undo::leftovers(dry_run) {
+        Ok(found) => {
+            let left = |what| Left {
+                what,
+                outcome,
+                reason: String::new(),
+            };
+            found.into_iter().map(left).collect()
+        }
+        Err(reason) => {
+            let what = "programs and host port".to_owned();
+            vec![Left {
+                what,
+                outcome: Outcome::Failed,
+                reason,
+            }]
+        }
+    }
 }
 
 #[derive(Serialize)]
