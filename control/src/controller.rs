@@ -86,6 +86,8 @@ pub struct Resolved {
     pub zone: String,
     /// Its addresses but loopback ones.
     pub addresses: BTreeSet<IpAddr>,
+    /// The addresses that its Node object lists, internal ones first.
+    pub node_addresses: Vec<IpAddr>,
     /// Ranges that are inside the cluster.
     pub inside: BTreeSet<Cidr>,
     /// The Services; those that did not change are shared with the last result.
@@ -195,13 +197,12 @@ impl Controller {
                 services.insert(key, settled);
             }
         }
-        let mut inside = self.topology.pod_cidrs();
-        inside.extend(self.config.cluster_cidrs.iter().copied());
         let resolved = Resolved {
             node: self.config.node_name.clone(),
             zone: self.topology.zone().to_owned(),
             addresses: self.topology.addresses(),
-            inside,
+            node_addresses: self.topology.own_addresses().to_vec(),
+            inside: self.inside(),
             rejected: self.rejected(&services),
             services,
         };
@@ -209,6 +210,24 @@ impl Controller {
             self.last = Arc::new(resolved);
         }
         Arc::clone(&self.last)
+    }
+
+    fn inside(&self) -> BTreeSet<Cidr> {
+        match self.config.detect_local_mode {
+            DetectLocalMode::Ranges => {
+                let configured = self.config.cluster_cidrs.iter().copied();
+                self.topology
+                    .pod_cidrs()
+                    .into_iter()
+                    .chain(configured)
+                    .collect()
+            }
+            DetectLocalMode::NodeCidr => self.topology.own_pod_cidrs(),
+            // The device that a packet comes by decides.
+            DetectLocalMode::BridgeInterface(_) | DetectLocalMode::InterfaceNamePrefix(_) => {
+                BTreeSet::new()
+            }
+        }
     }
 
     fn rejected(&self, services: &BTreeMap<ServiceKey, Arc<ResolvedService>>) -> Vec<Rejected> {

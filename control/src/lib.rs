@@ -20,11 +20,18 @@ mod claims;
 pub mod controller;
 mod document;
 pub mod endpoint;
+pub mod folder_watch;
+pub mod host_routes;
+pub mod kernel;
+pub mod links;
 pub mod manifests;
+pub mod neighbor;
 pub mod node;
 pub mod policy;
 pub mod resolution;
+pub mod run;
 pub mod service;
+pub mod snapshot;
 pub mod store;
 
 use std::path::Path;
@@ -33,6 +40,7 @@ use std::sync::Arc;
 pub use controller::{ControlConfig, Controller, DetectLocalMode, Event, Rejected, Resolved};
 pub use manifests::{Folder, FolderError};
 pub use resolution::Resolution;
+pub use run::{RunConfig, RunError, Running, Update};
 
 /// Reads a folder of manifests once and resolves it. Touches nothing.
 ///

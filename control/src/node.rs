@@ -184,7 +184,17 @@ impl Topology {
         }
     }
 
-    fn own_addresses(&self) -> &[IpAddr] {
+    /// The pod ranges of this node.
+    #[must_use]
+    pub fn own_pod_cidrs(&self) -> BTreeSet<Cidr> {
+        let own = self.nodes.get(&self.name);
+        own.map(|node| node.pod_cidrs.iter().copied().collect())
+            .unwrap_or_default()
+    }
+
+    /// The addresses that its Node object lists, internal ones first.
+    #[must_use]
+    pub fn own_addresses(&self) -> &[IpAddr] {
         self.nodes
             .get(&self.name)
             .map_or(&[], |node| node.addresses.as_slice())
