@@ -19,7 +19,7 @@ use crate::report;
 /// Fills what `status` says of the engine.
 pub(crate) fn engine(view: &EngineView, grace: Duration, status: &mut report::Status) {
     let reports = view.workers();
-    let age = MonotonicClock.now().since(view.heartbeat());
+    let age = heartbeat_age(view);
     let host_port = view.host_port();
     status.engine.locked_bytes = host_port.locked_bytes;
     status.engine.state = report::EngineState::On;
@@ -50,6 +50,15 @@ pub(crate) fn engine(view: &EngineView, grace: Duration, status: &mut report::St
         .zip(&reports)
         .map(|(id, report)| worker(id, report))
         .collect();
+}
+
+/// Whether the programs take the engine for dead.
+pub(crate) fn is_stale(view: &EngineView, grace: Duration) -> bool {
+    heartbeat_age(view) > grace
+}
+
+fn heartbeat_age(view: &EngineView) -> Duration {
+    MonotonicClock.now().since(view.heartbeat())
 }
 
 /// Every flow of every worker.

@@ -13,7 +13,6 @@ use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
 use crossbeam::channel;
-use hashbrown::HashMap;
 
 use crate::counters::{BackendCounts, Connections, SharedCounters, WorkerCounters};
 use crate::device::DeviceReport;
@@ -27,7 +26,7 @@ use crate::handover;
 use crate::nat::ports::PortAllocator;
 use crate::net::MacAddr;
 use crate::pipeline::{Pipeline, PipelineParts};
-use crate::snapshot::{BackendId, FrontendKey, Node, NodeDevice, Snapshot};
+use crate::snapshot::{BackendId, FrontendKey, Snapshot};
 use crate::steer::{FingerprintKey, WorkerId};
 use crate::steering::{self, DeviceKind, Steering, SteeringConfig, SteeringError, XdpMode};
 use crate::sys::affinity;
@@ -89,17 +88,6 @@ pub struct UplinkSpec {
     pub is_virtual: bool,
 }
 
-/// What stands behind a device of this node.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum DeviceRole {
-    /// A pod: the near end of a veth pair.
-    Pod,
-    /// An overlay's device.
-    Overlay,
-    /// Nothing that we steer; known for its MTU.
-    Other,
-}
-
 /// Why the engine does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -133,8 +121,6 @@ pub struct Engine {
     steering: Steering,
     host_port: HostPortDevice,
     view: EngineView,
-    devices: HashMap<u32, NodeDevice>,
-    uplinks: Vec<UplinkSpec>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -277,12 +263,7 @@ impl Engine {
             host_port: Arc::new(host_port_view),
             heartbeat: steering.heartbeat(),
         };
-        let devices = (0..)
-            .zip(&config.uplinks)
-            .map(|(number, spec)| uplink_device(number, spec));
         Ok(Self {
-            devices: devices.collect(),
-            uplinks: config.uplinks.clone(),
             steering,
             host_port,
             view,
@@ -298,11 +279,8 @@ impl Engine {
     /// A table of the programs is full; the workers serve the new tables all the same.
     pub fn publish(&mut self, snapshot: &Snapshot) -> Result<u64, EngineError> {
         let epoch = self.view.published.load().epoch + 1;
-        let node = Node {
-            devices: self.devices.clone(),
-            ..(*snapshot.node).clone()
-        };
-        let snapshot = snapshot.with_node(epoch, Arc::new(node), Arc::clone(&snapshot.fib));
+        let snapshot =
+            snapshot.with_node(epoch, Arc::clone(&snapshot.node), Arc::clone(&snapshot.fib));
         let frontends: Vec<_> = snapshot.frontends().map(|(key, _)| key_of(key)).collect();
         let addresses: Vec<_> = snapshot.node.addresses.iter().copied().collect();
         self.view.published.store(Arc::new(snapshot));
@@ -312,59 +290,24 @@ impl Engine {
         Ok(epoch)
     }
 
-    /// A device has come or changed. The tables must be published again for the workers to know it.
+    /// A device with a pod or an overlay behind it has come or changed.
     ///
     /// # Errors
     /// It cannot be steered; it stays as it is.
-    pub fn set_device(
+    pub fn steer(
         &mut self,
         ifindex: u32,
-        role: DeviceRole,
+        kind: DeviceKind,
         mac: MacAddr,
-        mtu: u32,
     ) -> Result<(), EngineError> {
-        if let Some(number) = self
-            .uplinks
-            .iter()
-            .position(|uplink| uplink.ifindex == ifindex)
-        {
-            let spec = UplinkSpec {
-                mac,
-                mtu,
-                ..self.uplinks[number].clone()
-            };
-            let number = u8::try_from(number).unwrap_or(u8::MAX);
-            self.devices.extend([uplink_device(number, &spec)]);
-            return Ok(());
-        }
-        let kind = match role {
-            DeviceRole::Pod => Some(DeviceKind::Pod),
-            DeviceRole::Overlay => Some(DeviceKind::Overlay),
-            DeviceRole::Other => None,
-        };
-        if let Some(kind) = kind {
-            self.steering.attach_device(ifindex, kind, mac)?;
-        } else {
-            self.steering.detach(ifindex)?;
-        }
-        let device = NodeDevice {
-            mac,
-            uplink: None,
-            is_pod: role == DeviceRole::Pod,
-            hooked_ingress: kind.is_some(),
-            hooked_egress: kind.is_some(),
-            mtu,
-        };
-        self.devices.insert(ifindex, device);
-        Ok(())
+        Ok(self.steering.attach_device(ifindex, kind, mac)?)
     }
 
-    /// A device has gone.
+    /// A device has gone, or is none of ours any longer.
     ///
     /// # Errors
     /// The kernel's refusal to forget it.
-    pub fn remove_device(&mut self, ifindex: u32) -> Result<(), EngineError> {
-        self.devices.remove(&ifindex);
+    pub fn leave(&mut self, ifindex: u32) -> Result<(), EngineError> {
         Ok(self.steering.detach(ifindex)?)
     }
 
@@ -716,18 +659,6 @@ fn spawn(
             worker: id.0,
             source,
         })
-}
-
-fn uplink_device(number: u8, spec: &UplinkSpec) -> (u32, NodeDevice) {
-    let device = NodeDevice {
-        mac: spec.mac,
-        uplink: Some(number),
-        is_pod: false,
-        hooked_ingress: false,
-        hooked_egress: true,
-        mtu: spec.mtu,
-    };
-    (spec.ifindex, device)
 }
 
 const fn key_of(key: &FrontendKey) -> steering::FrontendKey {
