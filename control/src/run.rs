@@ -23,6 +23,7 @@ use crate::host_routes::{self, HostRoutes};
 use crate::kernel::{Kernel, KernelError};
 use crate::links::{LinkEvent, Links, differences};
 use crate::manifests::{Changes, Folder, FolderError};
+use crate::policy::Frontend;
 use crate::snapshot::{self, DeviceRole, SnapshotMaker};
 
 /// What the loop needs to know.
@@ -132,6 +133,8 @@ pub async fn run(
     let mut control = Control::start(config).await?;
     let mut resync = interval_at(Instant::now() + RESYNC, RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut doubt = interval_at(Instant::now() + DOUBT, DOUBT);
+    doubt.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stop = std::pin::pin!(stop);
     loop {
         control.turn(&mut link, &mut publish).await;
@@ -142,6 +145,7 @@ pub async fn run(
             changes = watch.changed(poll) => control.look(&changes),
             () = control.kernel.changed() => sleep(FOLD).await,
             _ = resync.tick() => control.kernel.distrust(),
+            _ = doubt.tick() => control.doubt(),
         }
         sleep_until(published + control.config.min_interval).await;
     }
@@ -160,6 +164,10 @@ struct Control {
     roles: BTreeMap<u32, DeviceRole>,
     named: BTreeSet<Rejected>,
     last: Option<Published>,
+    /// Stations that the kernel was asked for lately.
+    asked: BTreeSet<(u32, IpAddr)>,
+    /// Whether to look for stations to ask for: routes or devices changed, or time has passed.
+    in_doubt: bool,
 }
 
 struct Published {
@@ -189,6 +197,8 @@ impl Control {
             roles: BTreeMap::new(),
             named: BTreeSet::new(),
             last: None,
+            asked: BTreeSet::new(),
+            in_doubt: true,
         })
     }
 
@@ -225,6 +235,40 @@ impl Control {
                 .await;
             warn("a route is missing", done);
         }
+        if std::mem::take(&mut self.in_doubt) {
+            self.ask_for_stations(&resolved).await;
+        }
+    }
+
+    fn doubt(&mut self) {
+        self.asked.clear();
+        self.in_doubt = true;
+    }
+
+    /// The engine sends past the kernel, so the kernel does not notice that a station is needed, or
+    /// that it has moved.
+    async fn ask_for_stations(&mut self, resolved: &Resolved) {
+        let ports = resolved
+            .services
+            .values()
+            .flat_map(|service| &service.ports);
+        let lists = ports
+            .flat_map(|port| &port.frontends)
+            .map(Frontend::for_inside);
+        let remote = lists.flat_map(|list| list.iter().filter(|backend| !backend.local));
+        let addresses = remote.map(|backend| backend.address.ip());
+        let tables = &self.kernel.tables;
+        let stations = tables.stations(addresses, host_routes::PROTOCOL, STATIONS);
+        for station in stations {
+            let link = self.links.get(&station.0);
+            let has_stations = link.is_some_and(|link| link.up && link.mac.is_some());
+            if has_stations && tables.is_in_doubt(&station) && self.asked.insert(station) {
+                let done = self.kernel.ask_for(station.0, station.1).await;
+                if let Err(error) = done {
+                    tracing::debug!(address = %station.1, %error, "the kernel is not asked");
+                }
+            }
+        }
     }
 
     fn tell_links(&mut self, link: &mut impl FnMut(&LinkEvent) -> DeviceRole) {
@@ -260,7 +304,7 @@ impl Control {
         if same_services && same_surroundings {
             return None;
         }
-        let (node, fib) = (Arc::clone(&node), Arc::clone(&fib));
+        self.in_doubt |= !same_surroundings;
         self.last = Some(Published {
             resolved: Arc::clone(resolved),
             node: Arc::clone(&node),
@@ -353,6 +397,10 @@ fn warn<T>(what: &str, result: Result<T, KernelError>) {
 const FOLD: Duration = Duration::from_millis(2);
 /// How often everything is read again, told or not.
 const RESYNC: Duration = Duration::from_secs(30);
+/// How often the kernel is asked for a station that is in doubt.
+const DOUBT: Duration = Duration::from_secs(10);
+/// How many stations are looked after.
+const STATIONS: usize = 1024;
 /// How often to look at files although nothing was told.
 const POLL: Duration = Duration::from_secs(10);
 /// The same where links lead somewhere else.

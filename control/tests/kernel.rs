@@ -239,6 +239,27 @@ fn devices_routes_and_neighbours_are_followed() {
 }
 
 #[test]
+fn the_kernel_is_asked_for_routers_and_for_backends_on_the_link() {
+    let Some(_namespace) = Namespace::enter("ask") else {
+        return;
+    };
+    ip("link add v0 type veth peer name v1");
+    ip("link set v0 up");
+    ip("link set v1 up");
+    ip("addr add 192.0.2.1/24 dev v0");
+    ip("route add 198.51.100.0/24 via 192.0.2.254 dev v0");
+    let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a, labels: {kubernetes.io/service-name: a}}\naddressType: IPv4\nports: [{port: 80}]\nendpoints: [{addresses: [192.0.2.9]}, {addresses: [198.51.100.9]}]\n";
+    let lab = Lab::start(&[("a.yaml", &(service("a", "10.96.0.1") + slice))], None);
+    // Nobody answers, but the kernel has been asking.
+    eventually("they are asked for", || {
+        let known = ip("neigh show dev v0");
+        known.contains("192.0.2.254") && known.contains("192.0.2.9")
+    });
+    assert!(!ip("neigh show dev v0").contains("198.51.100.9"));
+    lab.stop();
+}
+
+#[test]
 fn host_routes_follow_the_services_and_leave_nothing() {
     let Some(_namespace) = Namespace::enter("routes") else {
         return;
