@@ -1,9 +1,10 @@
 //! The loop: files and kernel in, snapshots out.
 //!
 //! One async task on one thread. It waits until a manifest, a device, an address, a route or a
-//! neighbour changed, folds what came together, and publishes one snapshot; never more often than
-//! the minimum interval. It does not wait for workers, and it decides nothing. Failures after the
-//! start are logged and tried again: what was served last stays served.
+//! neighbour changed, folds what came together, and publishes one snapshot. Changes of services are
+//! published no more often than the minimum interval; devices, routes and neighbours do not wait.
+//! It does not wait for workers, and it decides nothing. Failures after the start are logged and
+//! tried again: what was served last stays served.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -33,7 +34,7 @@ pub struct RunConfig {
     pub control: ControlConfig,
     /// The folder of manifests.
     pub manifests: PathBuf,
-    /// Least time between two publications.
+    /// Least time between two changes of services.
     pub min_interval: Duration,
     /// Configured SNAT addresses, one per family at most.
     pub snat_addresses: Vec<IpAddr>,
@@ -138,7 +139,7 @@ pub async fn run(
     let mut stop = std::pin::pin!(stop);
     loop {
         control.turn(&mut link, &mut publish).await;
-        let published = Instant::now();
+        let due = control.due();
         let poll = control.poll();
         tokio::select! {
             () = &mut stop => break,
@@ -146,8 +147,8 @@ pub async fn run(
             () = control.kernel.changed() => sleep(FOLD).await,
             _ = resync.tick() => control.kernel.distrust(),
             _ = doubt.tick() => control.doubt(),
+            () = sleep_until(due), if control.held => {}
         }
-        sleep_until(published + control.config.min_interval).await;
     }
     control.stop().await;
     Ok(())
@@ -166,6 +167,10 @@ struct Control {
     last: Option<Published>,
     /// Stations that the kernel was asked for lately.
     asked: BTreeSet<(u32, IpAddr)>,
+    /// When other services were published last.
+    published: Option<Instant>,
+    /// Whether a change of services waits for the minimum interval.
+    held: bool,
     /// Whether to look for stations to ask for: routes or devices changed, or time has passed.
     in_doubt: bool,
 }
@@ -198,6 +203,8 @@ impl Control {
             named: BTreeSet::new(),
             last: None,
             asked: BTreeSet::new(),
+            published: None,
+            held: false,
             in_doubt: true,
         })
     }
@@ -215,7 +222,7 @@ impl Control {
         self.tell_links(link);
         let addresses = self.kernel.tables.local_addresses();
         self.controller.handle(Event::LocalAddresses(addresses));
-        let resolved = self.controller.resolve();
+        let resolved = self.resolve();
         self.name_rejected(&resolved);
         let routes = self.wanted_routes(&resolved);
         if let Some((device, wanted)) = &routes {
@@ -271,6 +278,22 @@ impl Control {
         }
     }
 
+    /// What is served now; what was served last while the minimum interval lasts.
+    fn resolve(&mut self) -> Arc<Resolved> {
+        let now = Instant::now();
+        self.held = now < self.due();
+        match &self.last {
+            Some(last) if self.held => Arc::clone(&last.resolved),
+            _ => self.controller.resolve(),
+        }
+    }
+
+    /// When other services may be published.
+    fn due(&self) -> Instant {
+        self.published
+            .map_or_else(Instant::now, |last| last + self.config.min_interval)
+    }
+
     fn tell_links(&mut self, link: &mut impl FnMut(&LinkEvent) -> DeviceRole) {
         for event in differences(&self.links, &self.kernel.links) {
             let role = link(&event);
@@ -313,6 +336,7 @@ impl Control {
         let snapshot = if same_services {
             self.maker.surroundings(node, fib)
         } else {
+            self.published = Some(Instant::now());
             let (snapshot, errors) = self.maker.services(resolved, node, fib);
             errors.iter().for_each(|error| tracing::warn!("{error}"));
             snapshot

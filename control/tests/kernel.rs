@@ -87,7 +87,7 @@ impl Lab {
                 ..ControlConfig::default()
             },
             manifests: folder.path().to_owned(),
-            min_interval: Duration::ZERO,
+            min_interval: MIN_INTERVAL,
             snat_addresses: Vec::new(),
             host_scope: host_scope.map(Into::into),
         };
@@ -157,6 +157,10 @@ fn an_edit_is_live_within_a_second_and_a_broken_one_changes_nothing() {
     lab.until("the first one", |update| serves(update, "10.96.0.1:80"));
     lab.write("b.yaml", &service("b", "10.96.0.2"));
     let took = lab.until("an edit", |update| serves(update, "10.96.0.2:80"));
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    lab.write("c.yaml", &service("c", "10.96.0.3"));
+    let took = lab.until("another edit", |update| serves(update, "10.96.0.3:80"));
+    assert!(took > MIN_INTERVAL / 2, "it did not wait: {took:?}");
     assert!(took < Duration::from_secs(1), "{took:?}");
     lab.write("a.yaml", "kind: [");
     lab.until("a broken file is named", |update| {
@@ -338,4 +342,5 @@ fn node_port() -> String {
         .replace("port: 80", "port: 80, nodePort: 30080")
 }
 
+const MIN_INTERVAL: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(5);
