@@ -277,5 +277,4 @@ sluice:
       tcpClose: 2s
       udp: 3s
       udpStream: 5s
-      icmp: 3s
 ";
