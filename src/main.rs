@@ -61,7 +61,7 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
     match line.command {
         Command::Run(settings) => app::run(Config::load(&settings)?),
         Command::Resolve(settings) => commands::resolve::run(&settings, output),
-        Command::Trace(_) => anyhow::bail!("not built"),
+        Command::Trace(args) => commands::trace::run(&args, output),
         Command::Status(args) => commands::status::run(&args, output),
         Command::Services(args) => commands::services::run(&args, output),
         Command::Flows(args) => commands::flows::run(&args, output),

@@ -140,7 +140,7 @@ fn cleanup_where_nothing_ran_finds_nothing() {
 }
 
 #[test]
-fn resolve_prints_the_contracts_object_and_names_what_it_rejects() {
+fn resolve_and_trace_print_the_contracts_objects_and_name_what_is_rejected() {
     let folder = tempfile::tempdir().unwrap();
     let objects = r#"
 apiVersion: v1
@@ -189,6 +189,27 @@ spec: {clusterIP: 10.96.0.11, ports: [{port: 99999}]}
         "{table}"
     );
     assert!(table.contains("99999"), "{table}");
+
+    let words = [
+        "--src=10.244.9.9:4000",
+        "--dst=10.96.0.10:80",
+        "--proto=tcp",
+        "--from=pod",
+    ];
+    let mut line = vec!["trace", "--manifests", manifests, "--node=n1", "-o", "json"];
+    line.extend(words);
+    let output = sluice(&line);
+    assert_eq!(code(&output), 0, "{}", error(&output));
+    let expected = serde_json::json!({
+        "verdict": "forward",
+        "reason": "a new connection; its source stays",
+        "service": "default/web:http",
+        "backend": "10.244.1.10:8080",
+        "translated": {"src": "10.244.9.9:4000", "dst": "10.244.1.10:8080"},
+        "scheduler": "rr",
+        "out": "host",
+    });
+    assert_eq!(json(&output), expected);
 
     let missing = sluice(&["resolve", "--manifests=/nowhere", "--node=n1"]);
     assert_eq!(code(&missing), 1);

@@ -8,3 +8,4 @@ pub(crate) mod flows;
 pub(crate) mod resolve;
 pub(crate) mod services;
 pub(crate) mod status;
+pub(crate) mod trace;
