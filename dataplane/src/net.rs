@@ -50,7 +50,7 @@ impl Address {
     #[must_use]
     pub const fn is_v4(&self) -> bool {
         let (low, high) = self.words();
-        low == 0 && (high as u32) == 0xffff_0000
+        low == 0 && high & 0xffff_ffff == 0xffff_0000
     }
 
     /// The four bytes that an IPv4 header carries.

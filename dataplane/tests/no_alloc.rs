@@ -54,7 +54,7 @@ fn round(bed: &Bed, family: &bed::Family, first_port: u16) -> Round {
 fn play(crew: &mut Crew, round: &mut Round, scratch: &mut Vec<u8>) {
     let door = (11, Hook::Ingress, Direction::Original);
     for (worker, packet) in &round.wire {
-        crew.from_wire(*worker, packet);
+        crew.by_wire(*worker, packet);
     }
     for (number, packet) in round.pods.iter_mut().enumerate() {
         crew.steered(number % 2, door, packet);

@@ -26,7 +26,7 @@ fn a_client_outside_reaches_a_local_pod_through_the_uplink_with_its_own_address(
     each_family(|family| {
         let mut bed = Bed::new(family);
         let packet = bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL);
-        let (verdict, out) = bed.from_uplink(packet);
+        let (verdict, out) = bed.by_uplink(packet);
         let command = host_command(verdict);
         assert_eq!(
             (command.action, command.ifindex, command.mark),
@@ -46,7 +46,7 @@ fn a_client_outside_reaches_a_local_pod_through_the_uplink_with_its_own_address(
 fn the_reply_of_a_local_pod_leaves_by_the_uplink_from_the_address_the_client_asked() {
     each_family(|family| {
         let mut bed = Bed::new(family);
-        bed.from_uplink(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
+        bed.by_uplink(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
         let reply = bed.syn_ack(family.pod_a, 8080, family.client, 40_000);
         let (verdict, out) = bed.steered(2, Hook::Egress, Direction::Reply, reply);
         assert!(
@@ -67,7 +67,7 @@ fn a_remote_pod_is_reached_masqueraded_and_its_reply_comes_back_by_the_same_work
     each_family(|family| {
         let mut bed = Bed::new(family);
         let packet = bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_REMOTE);
-        let (verdict, out) = bed.from_uplink(packet);
+        let (verdict, out) = bed.by_uplink(packet);
         assert!(
             matches!(verdict, Verdict::Transmit(Out::Uplink { uplink: 0, .. })),
             "{verdict:?}"
@@ -83,7 +83,7 @@ fn a_remote_pod_is_reached_masqueraded_and_its_reply_comes_back_by_the_same_work
         out.assert_checksums();
 
         let reply = bed.syn_ack(family.remote, 8080, family.node, port);
-        let (verdict, out) = bed.from_uplink(reply);
+        let (verdict, out) = bed.by_uplink(reply);
         assert!(
             matches!(verdict, Verdict::Transmit(Out::Uplink { uplink: 0, .. })),
             "{verdict:?}"
@@ -103,7 +103,7 @@ fn an_unresolved_neighbour_sends_the_packet_through_the_kernel() {
         let mut bed = Bed::new(family);
         bed.forget_neighbors();
         let packet = bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_REMOTE);
-        let (verdict, out) = bed.from_uplink(packet);
+        let (verdict, out) = bed.by_uplink(packet);
         let command = host_command(verdict);
         assert_eq!(
             (command.action, command.ifindex, command.mark),
@@ -165,7 +165,7 @@ fn a_pod_that_reaches_itself_is_masqueraded_both_ways() {
 fn a_host_process_reaches_a_local_pod_and_hears_the_cluster_ip() {
     each_family(|family| {
         let mut bed = Bed::new(family);
-        let (verdict, out) = bed.from_host(bed.syn(family.node, 40_000, family.vip, 80));
+        let (verdict, out) = bed.by_host(bed.syn(family.node, 40_000, family.vip, 80));
         let command = host_command(verdict);
         assert_eq!((command.action, command.ifindex), (Action::Peer, 10));
         assert_eq!(out.ends(), (family.node, 40_000, family.pod_a, 8080));
@@ -206,7 +206,7 @@ fn a_partial_checksum_stays_partial_and_is_completed_only_for_the_wire() {
         let (_, out) = bed.steered_partial(11, Hook::Ingress, Direction::Original, packet);
         out.assert_partial();
 
-        bed.from_uplink(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
+        bed.by_uplink(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
         let reply = bed.partial(bed.syn_ack(family.pod_a, 8080, family.client, 40_000));
         let (verdict, out) = bed.steered_partial(2, Hook::Egress, Direction::Reply, reply);
         assert!(matches!(verdict, Verdict::Transmit(Out::Uplink { .. })));
@@ -219,7 +219,7 @@ fn a_partial_checksum_from_a_virtual_uplink_is_completed() {
     each_family(|family| {
         let mut bed = Bed::new(family);
         let packet = bed.partial(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
-        let (_, out) = bed.from_uplink(packet);
+        let (_, out) = bed.by_uplink(packet);
         out.assert_checksums();
     });
 }
@@ -228,7 +228,7 @@ fn a_partial_checksum_from_a_virtual_uplink_is_completed() {
 fn a_super_packet_leaves_through_the_kernel_not_by_the_ring() {
     each_family(|family| {
         let mut bed = Bed::new(family);
-        bed.from_uplink(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
+        bed.by_uplink(bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL));
         let reply = bed.syn_ack(family.pod_a, 8080, family.client, 40_000);
         let (verdict, _) = bed.steered_super(2, Hook::Egress, Direction::Reply, reply);
         let command = host_command(verdict);
@@ -246,7 +246,7 @@ fn an_expired_hop_limit_is_answered_with_time_exceeded() {
         let mut bed = Bed::new(family);
         let packet = bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_REMOTE);
         let packet = bed.with_hop_limit(packet, 1);
-        let (verdict, _) = bed.from_uplink(packet);
+        let (verdict, _) = bed.by_uplink(packet);
         assert_eq!(verdict, Verdict::Reject);
         let answer = bed.answer();
         assert!(answer.is_time_exceeded(), "{answer:?}");
@@ -379,7 +379,7 @@ fn a_packet_of_another_worker_is_handed_over_once() {
         let mut handed = 0;
         for port in 40_000..40_064 {
             let packet = bed.syn(family.client, port, family.node, bed::NODE_PORT_REMOTE);
-            let (verdict, _) = bed.from_uplink(packet);
+            let (verdict, _) = bed.by_uplink(packet);
             match verdict {
                 Verdict::HandOver(worker) => {
                     assert_ne!(worker.0, 0);
@@ -404,7 +404,7 @@ fn garbage_from_the_uplink_goes_back_and_from_the_host_port_is_dropped() {
         for length in 0..whole.len() {
             let cut = whole[..length].to_vec();
             assert_eq!(
-                bed.from_uplink(cut.clone()).0,
+                bed.by_uplink(cut.clone()).0,
                 Verdict::Punt,
                 "cut at {length}"
             );
@@ -423,7 +423,7 @@ fn what_is_no_frontends_and_no_flows_goes_back_untouched() {
     each_family(|family| {
         let mut bed = Bed::new(family);
         let packet = bed.syn(family.client, 40_000, family.node, 22);
-        let (verdict, out) = bed.from_uplink(packet.clone());
+        let (verdict, out) = bed.by_uplink(packet.clone());
         assert_eq!(verdict, Verdict::Punt);
         assert_eq!(out, Sent(packet));
     });

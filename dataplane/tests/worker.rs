@@ -14,7 +14,7 @@ fn flows_from_any_queue_are_served_by_their_owner_and_replies_find_it() {
         let mut crew = Crew::new(2, bed.snapshot());
         for port in 40_000..40_064 {
             let syn = bed.syn(family.client, port, family.node, bed::NODE_PORT_REMOTE);
-            crew.from_wire(usize::from(port % 2), &syn);
+            crew.by_wire(usize::from(port % 2), &syn);
         }
         crew.settle();
         let sent = crew.sent_by_wire();
@@ -22,7 +22,7 @@ fn flows_from_any_queue_are_served_by_their_owner_and_replies_find_it() {
         for (packet, queue) in sent.iter().zip([0, 1].into_iter().cycle()) {
             packet.assert_checksums();
             let (_, port, backend, to) = packet.ends();
-            crew.from_wire(queue, &bed.syn_ack(backend, to, family.node, port));
+            crew.by_wire(queue, &bed.syn_ack(backend, to, family.node, port));
         }
         crew.settle();
         let replies = crew.sent_by_wire();
@@ -52,7 +52,7 @@ fn flows_and_tuples_return_to_zero() {
         let mut crew = Crew::new(2, bed.snapshot());
         for port in 40_000..40_100 {
             let packet = bed.udp(family.client, port, family.node, bed::NODE_PORT_LOCAL);
-            crew.from_wire(0, &packet);
+            crew.by_wire(0, &packet);
         }
         crew.settle();
         assert_eq!((crew.flows(), crew.tuples()), (100, 200));
@@ -70,7 +70,7 @@ fn a_full_flow_table_refuses_new_flows_and_keeps_the_old_ones() {
     let mut crew = Crew::new(1, bed.snapshot());
     let mut scratch = Vec::new();
     for port in 10_000..11_100 {
-        crew.from_wire(
+        crew.by_wire(
             0,
             &bed.udp(family.client, port, family.node, bed::NODE_PORT_LOCAL),
         );
@@ -80,7 +80,7 @@ fn a_full_flow_table_refuses_new_flows_and_keeps_the_old_ones() {
     assert_eq!(crew.flows(), 1_024);
     let counters = crew.workers[0].counters().clone();
     assert_eq!(counters.dropped[DropReason::FlowTableFull as usize], 76);
-    crew.from_wire(
+    crew.by_wire(
         0,
         &bed.udp(family.client, 10_000, family.node, bed::NODE_PORT_LOCAL),
     );
@@ -99,7 +99,7 @@ fn a_packet_that_finds_no_room_at_the_device_is_counted_and_its_chunk_comes_back
     let bed = Bed::new(family);
     let mut crew = Crew::new(1, bed.snapshot());
     crew.workers[0].ports().host.limit_transmit(0);
-    crew.from_wire(
+    crew.by_wire(
         0,
         &bed.syn(family.client, 40_000, family.node, bed::NODE_PORT_LOCAL),
     );

@@ -98,7 +98,7 @@ impl Header {
         Self {
             magic: *b"sluiceFS",
             version: VERSION,
-            flow_size: size_of::<Flow>() as u32,
+            flow_size: FLOW_SIZE,
             worker: layout.worker,
             workers: layout.workers,
             first_port: *layout.snat_ports.start(),
@@ -126,6 +126,8 @@ impl DerefMut for FlowFile {
 }
 
 const VERSION: u32 = 1;
+const FLOW_SIZE: u32 = 128;
+const _: () = assert!(size_of::<Flow>() == FLOW_SIZE as usize);
 /// Flows begin on a page of their own.
 const FLOWS_AT: usize = 4_096;
 

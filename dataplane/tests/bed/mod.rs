@@ -446,7 +446,7 @@ impl Bed {
         (verdict, Sent(bytes))
     }
 
-    pub(crate) fn from_uplink(&mut self, bytes: Vec<u8>) -> (Verdict, Sent) {
+    pub(crate) fn by_uplink(&mut self, bytes: Vec<u8>) -> (Verdict, Sent) {
         let door = Door::Uplink {
             uplink: 0,
             ifindex: 2,
@@ -460,7 +460,7 @@ impl Bed {
         )
     }
 
-    pub(crate) fn from_host(&mut self, bytes: Vec<u8>) -> (Verdict, Sent) {
+    pub(crate) fn by_host(&mut self, bytes: Vec<u8>) -> (Verdict, Sent) {
         self.run(bytes, meta(Door::Host(Origin::Host)))
     }
 

@@ -1,4 +1,5 @@
 //! Workers over in-memory devices, turned by hand: the loop, the rings and the maps without a kernel.
+#![allow(dead_code, reason = "each test program uses a part of the crew")]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -94,7 +95,7 @@ impl Crew {
     }
 
     /// A frame arrives at a worker's queue of the uplink.
-    pub(crate) fn from_wire(&mut self, worker: usize, frame: &[u8]) {
+    pub(crate) fn by_wire(&mut self, worker: usize, frame: &[u8]) {
         let device = self.workers[worker].ports().uplinks[0].device.as_mut();
         let device = device.expect("every worker of the crew has a queue");
         device
