@@ -272,6 +272,10 @@ pub struct HostPort {
 }
 
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one a worker, used for every packet"
+)]
 enum Io {
     Uring(Uring),
     ReadWrite(ReadWrite),
@@ -411,18 +415,20 @@ impl Device for HostPort {
     }
 
     fn transmit_copy(&mut self, bytes: &[u8], vnet: &VnetHeader) -> Result<(), Full> {
-        if bytes.len() > STRIDE - FRAME_OFFSET {
-            self.full += 1;
-            return Err(Full);
-        }
         let Some(chunk) = self.chunks().acquire() else {
             self.full += 1;
             return Err(Full);
         };
-        self.chunks()
-            .bytes(chunk, FRAME_OFFSET, bytes.len())
-            .copy_from_slice(bytes);
-        self.transmit(frame_in(chunk, bytes.len()), vnet)
+        let start = FRAME_OFFSET as usize;
+        let room = self.chunks().bytes(chunk, start, bytes.len());
+        if room.len() != bytes.len() {
+            return self.refuse(chunk);
+        }
+        room.copy_from_slice(bytes);
+        match frame_in(chunk, bytes.len()) {
+            Some(frame) => self.transmit(frame, vnet),
+            None => self.refuse(chunk),
+        }
     }
 
     fn free(&mut self, frame: Frame) {
@@ -505,16 +511,16 @@ fn frame_of(chunks: &mut Chunks, chunk: u32, received: usize) -> Option<(Frame, 
     let length = received.checked_sub(VNET_LENGTH)?;
     let header = chunks.bytes(chunk, HEADROOM, VNET_LENGTH);
     let vnet = VnetHeader::read_from_bytes(header).ok()?;
-    Some((frame_in(chunk, length), vnet))
+    Some((frame_in(chunk, length)?, vnet))
 }
 
-/// `length` is at most a buffer's.
-const fn frame_in(chunk: u32, length: usize) -> Frame {
-    Frame {
+fn frame_in(chunk: u32, length: usize) -> Option<Frame> {
+    let length = u32::try_from(length).ok()?;
+    Some(Frame {
         chunk,
-        offset: FRAME_OFFSET as u32,
-        length: length as u32,
-    }
+        offset: FRAME_OFFSET,
+        length,
+    })
 }
 
 /// A dead owner's queues stay for some milliseconds, until its io_uring is torn down.
@@ -577,7 +583,8 @@ fn not_permitted_or(
 const MAC: MacAddr = MacAddr([0x02, b's', b'l', b'u', b'c', b'e']);
 const VNET_LENGTH: usize = size_of::<VnetHeader>();
 const HEADROOM: usize = 64;
-const FRAME_OFFSET: usize = HEADROOM + VNET_LENGTH;
+const FRAME_OFFSET: u32 = 74;
+const _: () = assert!(FRAME_OFFSET as usize == HEADROOM + VNET_LENGTH);
 /// 64 KiB and the headers. Not a multiple of 4096, so that the packets' first lines do not all fall
 /// into the same cache sets.
 const STRIDE: usize = 65_536 + 192;

@@ -4,6 +4,12 @@
 //! Without the privilege a test is skipped with a visible line; with `REQUIRE_PRIVILEGED=1` that
 //! is a failure. A namespace has no name and goes when its last thread and descriptor are gone.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "small numbers of C headers"
+)]
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Command;

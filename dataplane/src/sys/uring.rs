@@ -26,6 +26,7 @@ pub(crate) struct Uring {
     chunks: Chunks,
     /// Where in a chunk the kernel writes what it reads.
     start: usize,
+    room: u32,
     arrived: VecDeque<(u32, usize)>,
     is_started: bool,
     is_armed: bool,
@@ -49,6 +50,10 @@ impl Uring {
     /// A ring for this queue. Packets are read into the chunks from byte `start` on. Three quarters
     /// of the chunks are offered for reading, the others are left for packets of other memories.
     pub(crate) fn new(queue: &OwnedFd, chunks: Chunks, start: usize) -> io::Result<Self> {
+        let room = chunks.stride().checked_sub(start).map(u32::try_from);
+        let Some(Ok(room)) = room else {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        };
         let ring: IoUring = IoUring::builder()
             .setup_r_disabled()
             .setup_single_issuer()
@@ -82,6 +87,7 @@ impl Uring {
             supply,
             chunks,
             start,
+            room,
             is_started: false,
             is_armed: false,
             counts: Counts::default(),
@@ -172,12 +178,13 @@ impl Uring {
             let Some(chunk) = self.chunks.acquire() else {
                 break;
             };
-            let length = self.chunks.stride() - self.start;
+            // Its number fits: there are at most `MOST_ENTRIES`.
+            let number = u16::try_from(chunk).unwrap_or(u16::MAX);
             let Some(address) = self.chunks.lend(chunk) else {
                 break;
             };
-            self.supply
-                .put(address.wrapping_add(self.start).addr(), length, chunk);
+            let address = address.wrapping_add(self.start).addr();
+            self.supply.put(address, self.room, number);
             is_new = true;
         }
         if is_new {
@@ -289,13 +296,13 @@ impl Supply {
     }
 
     /// Writes an entry, which the kernel sees after `publish`.
-    fn put(&mut self, address: usize, length: usize, chunk: u32) {
+    fn put(&mut self, address: usize, length: u32, number: u16) {
         let index = 2 * usize::from(self.tail & (self.entries - 1));
         let words = self.words.words();
         if let (Some(first), Some(second)) = (words.get(index), words.get(index + 1)) {
             let tail = tail_of(second.load(Ordering::Relaxed));
             first.store(address as u64, Ordering::Relaxed);
-            second.store(word(length as u32, chunk as u16, tail), Ordering::Relaxed);
+            second.store(word(length, number, tail), Ordering::Relaxed);
         }
         self.tail = self.tail.wrapping_add(1);
         self.offered += 1;
