@@ -21,6 +21,7 @@ use super::{BATCH, Batch, Device, DeviceReport, Frame, Full, VnetHeader};
 use crate::net::MacAddr;
 use crate::sys::chunks::Chunks;
 use crate::sys::tun;
+use crate::sys::uring::Uring;
 use crate::time::{Clock, Duration, MonotonicClock};
 
 /// What the host port is to be.
@@ -254,9 +255,9 @@ pub struct HostPortCounts {
     pub transmitted: u64,
     /// io_uring completions seen, of either kind.
     pub completions: u64,
-    /// Writes that the kernel refused.
+    /// Writes that the kernel refused, and packets that found no room.
     pub refused: u64,
-    /// How often the kernel found no buffer to read into.
+    /// How often the kernel found no buffer to read into; the packets wait in the device then.
     pub starved: u64,
 }
 
@@ -264,140 +265,262 @@ pub struct HostPortCounts {
 #[derive(Debug)]
 pub struct HostPort {
     queue: OwnedFd,
-    chunks: Chunks,
-    counts: HostPortCounts,
+    io: Io,
+    fallback: Option<io::Error>,
+    received: u64,
+    full: u64,
+}
+
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one a worker, used for every packet"
+)]
+enum Io {
+    Uring(Uring),
+    ReadWrite(ReadWrite),
 }
 
 impl HostPort {
     fn new(queue: OwnedFd, config: &HostPortConfig) -> io::Result<Self> {
+        let chunks = || Chunks::new(config.buffers, STRIDE);
+        let uring = match config.io {
+            IoPreference::Uring => Some(Uring::new(&queue, chunks()?, HEADROOM)),
+            IoPreference::ReadWrite => None,
+        };
+        let (io, fallback) = match uring {
+            Some(Ok(uring)) => (Io::Uring(uring), None),
+            refused => {
+                let plain = ReadWrite {
+                    chunks: chunks()?,
+                    counts: HostPortCounts::default(),
+                };
+                (Io::ReadWrite(plain), refused.and_then(Result::err))
+            }
+        };
         Ok(Self {
             queue,
-            chunks: Chunks::new(config.buffers, STRIDE)?,
-            counts: HostPortCounts::default(),
+            io,
+            fallback,
+            received: 0,
+            full: 0,
         })
     }
 
     /// How it reads and writes.
     #[must_use]
     pub const fn io(&self) -> IoKind {
-        IoKind::ReadWrite
+        match self.io {
+            Io::Uring(_) => IoKind::Uring,
+            Io::ReadWrite(_) => IoKind::ReadWrite,
+        }
+    }
+
+    /// Why io_uring is not used although it was asked for.
+    #[must_use]
+    pub const fn fallback(&self) -> Option<&io::Error> {
+        self.fallback.as_ref()
     }
 
     /// What went through.
     #[must_use]
     pub const fn counts(&self) -> HostPortCounts {
-        self.counts
+        let mut counts = match &self.io {
+            Io::Uring(uring) => {
+                let seen = uring.counts();
+                HostPortCounts {
+                    received: 0,
+                    transmitted: seen.written,
+                    completions: seen.completions,
+                    refused: seen.refused,
+                    starved: seen.starved,
+                }
+            }
+            Io::ReadWrite(plain) => plain.counts,
+        };
+        counts.received = self.received;
+        counts.refused += self.full;
+        counts
     }
 
     /// How many buffers are out as `Frame`s.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.chunks.held()
+        match &self.io {
+            Io::Uring(uring) => uring.chunks().held(),
+            Io::ReadWrite(plain) => plain.chunks.held(),
+        }
     }
 
-    fn read_one(&mut self) -> Option<(Frame, VnetHeader)> {
-        let chunk = self.chunks.acquire()?;
-        let room = self.chunks.bytes(chunk, HEADROOM, STRIDE - HEADROOM);
-        let received = rustix::io::read(&self.queue, room).unwrap_or(0);
-        let packet = frame_of(&mut self.chunks, chunk, received);
-        if packet.is_none() {
-            self.chunks.release(chunk);
+    /// Bytes of packet memory that are locked.
+    #[must_use]
+    pub const fn locked_bytes(&self) -> usize {
+        match &self.io {
+            Io::Uring(uring) => uring.chunks().region().1,
+            Io::ReadWrite(_) => 0,
         }
-        packet
     }
 
-    fn write(&mut self, frame: Frame) {
-        let start = frame.offset as usize - VNET_LENGTH;
-        let length = frame.length as usize + VNET_LENGTH;
-        let bytes = self.chunks.bytes(frame.chunk, start, length);
-        match rustix::io::write(&self.queue, bytes) {
-            Ok(_) => self.counts.transmitted += 1,
-            Err(_) => self.counts.refused += 1,
+    const fn chunks(&mut self) -> &mut Chunks {
+        match &mut self.io {
+            Io::Uring(uring) => uring.chunks_mut(),
+            Io::ReadWrite(plain) => &mut plain.chunks,
         }
-        self.chunks.release(frame.chunk);
+    }
+
+    fn refuse(&mut self, chunk: u32) -> Result<(), Full> {
+        self.chunks().release(chunk);
+        self.full += 1;
+        Err(Full)
     }
 }
 
 impl Device for HostPort {
     fn receive(&mut self, batch: &mut Batch) -> usize {
-        let mut count = 0;
-        while count < BATCH {
-            let Some(packet) = self.read_one() else {
-                break;
-            };
-            batch.push(packet);
-            count += 1;
+        let before = batch.len();
+        let take = |chunks: &mut Chunks, chunk, length| match frame_of(chunks, chunk, length) {
+            Some(packet) => batch.push(packet),
+            None => chunks.release(chunk),
+        };
+        match &mut self.io {
+            Io::Uring(uring) => uring.receive(BATCH, take),
+            Io::ReadWrite(plain) => plain.receive(&self.queue, BATCH, take),
         }
-        self.counts.received += count as u64;
+        let count = batch.len() - before;
+        self.received += count as u64;
         count
     }
 
     fn bytes<'a>(&'a mut self, frame: &'a Frame) -> &'a mut [u8] {
-        self.chunks
-            .bytes(frame.chunk, frame.offset as usize, frame.length as usize)
+        let (start, length) = (frame.offset as usize, frame.length as usize);
+        self.chunks().bytes(frame.chunk, start, length)
     }
 
     fn transmit(&mut self, frame: Frame, vnet: &VnetHeader) -> Result<(), Full> {
-        let start = frame.offset as usize - VNET_LENGTH;
-        let header = self.chunks.bytes(frame.chunk, start, VNET_LENGTH);
-        vnet.write_to(header).map_err(|_| Full)?;
-        self.write(frame);
+        let start = (frame.offset as usize).saturating_sub(VNET_LENGTH);
+        let length = frame.length as usize + VNET_LENGTH;
+        let header = self.chunks().bytes(frame.chunk, start, VNET_LENGTH);
+        if vnet.write_to(header).is_err() {
+            return self.refuse(frame.chunk);
+        }
+        match &mut self.io {
+            Io::Uring(uring) => {
+                if !uring.send(frame.chunk, start, length) {
+                    return self.refuse(frame.chunk);
+                }
+            }
+            Io::ReadWrite(plain) => plain.write(&self.queue, frame.chunk, start, length),
+        }
         Ok(())
     }
 
     fn transmit_copy(&mut self, bytes: &[u8], vnet: &VnetHeader) -> Result<(), Full> {
-        if bytes.len() > STRIDE - FRAME_OFFSET {
+        let Some(chunk) = self.chunks().acquire() else {
+            self.full += 1;
             return Err(Full);
-        }
-        let length = u32::try_from(bytes.len()).map_err(|_| Full)?;
-        let chunk = self.chunks.acquire().ok_or(Full)?;
-        self.chunks
-            .bytes(chunk, FRAME_OFFSET, bytes.len())
-            .copy_from_slice(bytes);
-        let frame = Frame {
-            chunk,
-            offset: FRAME_OFFSET as u32,
-            length,
         };
-        self.transmit(frame, vnet)
+        let start = FRAME_OFFSET as usize;
+        let room = self.chunks().bytes(chunk, start, bytes.len());
+        if room.len() != bytes.len() {
+            return self.refuse(chunk);
+        }
+        room.copy_from_slice(bytes);
+        match frame_in(chunk, bytes.len()) {
+            Some(frame) => self.transmit(frame, vnet),
+            None => self.refuse(chunk),
+        }
     }
 
     fn free(&mut self, frame: Frame) {
-        self.chunks.release(frame.chunk);
+        self.chunks().release(frame.chunk);
     }
 
-    fn flush(&mut self) {}
+    fn flush(&mut self) {
+        match &mut self.io {
+            Io::Uring(uring) => uring.flush(),
+            Io::ReadWrite(_) => {}
+        }
+    }
 
     fn report(&self) -> DeviceReport {
+        let counts = self.counts();
         DeviceReport {
-            received: self.counts.received,
-            transmitted: self.counts.transmitted,
-            completions: self.counts.completions,
+            received: counts.received,
+            transmitted: counts.transmitted,
+            completions: counts.completions,
             dropped: 0,
-            refused: self.counts.refused,
+            refused: counts.refused,
         }
     }
 
     fn is_readable(&mut self) -> bool {
-        tun::is_readable(&self.queue)
+        match &mut self.io {
+            Io::Uring(uring) => uring.is_readable(),
+            Io::ReadWrite(_) => tun::is_readable(&self.queue),
+        }
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.queue.as_fd())
+        Some(match &self.io {
+            Io::Uring(uring) => uring.descriptor(),
+            Io::ReadWrite(_) => self.queue.as_fd(),
+        })
+    }
+}
+
+/// A system call for each packet: what is left where io_uring is refused.
+#[derive(Debug)]
+struct ReadWrite {
+    chunks: Chunks,
+    counts: HostPortCounts,
+}
+
+impl ReadWrite {
+    fn receive(
+        &mut self,
+        queue: &OwnedFd,
+        limit: usize,
+        mut take: impl FnMut(&mut Chunks, u32, usize),
+    ) {
+        for _ in 0..limit {
+            let Some(chunk) = self.chunks.acquire() else {
+                self.counts.starved += 1;
+                break;
+            };
+            let room = self.chunks.bytes(chunk, HEADROOM, STRIDE - HEADROOM);
+            let Ok(length) = rustix::io::read(queue, room) else {
+                self.chunks.release(chunk);
+                break;
+            };
+            take(&mut self.chunks, chunk, length);
+        }
+    }
+
+    fn write(&mut self, queue: &OwnedFd, chunk: u32, start: usize, length: usize) {
+        let bytes = self.chunks.bytes(chunk, start, length);
+        match rustix::io::write(queue, bytes) {
+            Ok(_) => self.counts.transmitted += 1,
+            Err(_) => self.counts.refused += 1,
+        }
+        self.chunks.release(chunk);
     }
 }
 
 /// The packet in a buffer into which the kernel wrote `received` bytes after the headroom.
 fn frame_of(chunks: &mut Chunks, chunk: u32, received: usize) -> Option<(Frame, VnetHeader)> {
-    let length = u32::try_from(received.checked_sub(VNET_LENGTH)?).ok()?;
+    let length = received.checked_sub(VNET_LENGTH)?;
     let header = chunks.bytes(chunk, HEADROOM, VNET_LENGTH);
     let vnet = VnetHeader::read_from_bytes(header).ok()?;
-    let frame = Frame {
+    Some((frame_in(chunk, length)?, vnet))
+}
+
+fn frame_in(chunk: u32, length: usize) -> Option<Frame> {
+    let length = u32::try_from(length).ok()?;
+    Some(Frame {
         chunk,
-        offset: FRAME_OFFSET as u32,
+        offset: FRAME_OFFSET,
         length,
-    };
-    Some((frame, vnet))
+    })
 }
 
 /// A dead owner's queues stay for some milliseconds, until its io_uring is torn down.
@@ -460,7 +583,8 @@ fn not_permitted_or(
 const MAC: MacAddr = MacAddr([0x02, b's', b'l', b'u', b'c', b'e']);
 const VNET_LENGTH: usize = size_of::<VnetHeader>();
 const HEADROOM: usize = 64;
-const FRAME_OFFSET: usize = HEADROOM + VNET_LENGTH;
+const FRAME_OFFSET: u32 = 74;
+const _: () = assert!(FRAME_OFFSET as usize == HEADROOM + VNET_LENGTH);
 /// 64 KiB and the headers. Not a multiple of 4096, so that the packets' first lines do not all fall
 /// into the same cache sets.
 const STRIDE: usize = 65_536 + 192;
@@ -470,7 +594,7 @@ const TAKE_OVER: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::testbed::{PacketSocket, in_namespace, ip, wait_for};
+    use crate::sys::testbed::{PacketSocket, in_namespace, ip, refuse_io_uring, wait_for};
 
     fn create(io: IoPreference) -> (HostPortDevice, HostPort) {
         let config = HostPortConfig {
@@ -478,8 +602,13 @@ mod tests {
             ..HostPortConfig::default()
         };
         let mut device = HostPortDevice::create(config).expect("root and /dev/net/tun");
-        let mut ports = device.take_ports().expect("memory for buffers");
-        (device, ports.remove(0))
+        let port = device.take_ports().expect("memory for buffers").remove(0);
+        let wanted = match io {
+            IoPreference::Uring => IoKind::Uring,
+            IoPreference::ReadWrite => IoKind::ReadWrite,
+        };
+        assert_eq!(port.io(), wanted, "{:?}", port.fallback());
+        (device, port)
     }
 
     fn both(test: impl Fn(IoPreference) + Copy + Send + 'static) {
@@ -616,6 +745,79 @@ mod tests {
             wait_for("the descriptor", || port.is_readable().then_some(()));
             let (frame, _) = receive(&mut port);
             port.free(frame);
+        });
+    }
+
+    #[test]
+    fn plain_calls_serve_where_io_uring_is_refused() {
+        in_namespace(|| {
+            refuse_io_uring();
+            let mut device = HostPortDevice::create(HostPortConfig::default()).expect("root");
+            let mut port = device.take_ports().expect("memory for buffers").remove(0);
+            assert_eq!(port.io(), IoKind::ReadWrite);
+            let reason = port.fallback().and_then(io::Error::raw_os_error);
+            assert_eq!(reason, Some(libc::EPERM));
+            PacketSocket::open(device.name()).send(&[0; 10], &segment(10));
+            let (frame, _) = receive(&mut port);
+            port.free(frame);
+        });
+    }
+
+    #[test]
+    fn packets_wait_in_the_device_while_all_buffers_are_held() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            let socket = PacketSocket::open(device.name());
+            let mut held = Vec::new();
+            for round in 0..30 {
+                for _ in 0..10 {
+                    socket.send(&[0; 10], &segment(10));
+                }
+                if round < 10 {
+                    held.extend(receive_all(&mut port, 10));
+                }
+            }
+            let mut batch = Batch::new();
+            while port.receive(&mut batch) > 0 {
+                port.flush();
+            }
+            assert!(held.len() + batch.len() < 300);
+            for (frame, _) in held.drain(..).chain(batch.drain(..)) {
+                port.free(frame);
+            }
+            port.flush();
+            receive_all(&mut port, 10)
+                .drain(..)
+                .for_each(|(frame, _)| port.free(frame));
+            assert_eq!(port.held(), 0);
+            assert!(port.counts().starved > 0);
+        });
+    }
+
+    #[test]
+    fn a_port_works_on_another_thread_than_the_one_that_made_it() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            let socket = PacketSocket::open(device.name());
+            std::thread::spawn(move || {
+                assert!(!port.is_readable());
+                socket.send(&[0; 10], &segment(10));
+                let descriptor = port.descriptor().expect("it has one");
+                let mut polled = [rustix::event::PollFd::new(
+                    &descriptor,
+                    rustix::event::PollFlags::IN,
+                )];
+                let longest = rustix::time::Timespec {
+                    tv_sec: 2,
+                    tv_nsec: 0,
+                };
+                let ready = rustix::event::poll(&mut polled, Some(&longest)).expect("poll");
+                assert_eq!(ready, 1, "the descriptor tells");
+                let (frame, _) = receive(&mut port);
+                port.free(frame);
+            })
+            .join()
+            .expect("the thread asserts");
         });
     }
 

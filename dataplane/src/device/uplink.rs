@@ -258,7 +258,7 @@ impl Uplink {
     /// Bytes of packet memory, all of them locked.
     #[must_use]
     pub const fn locked_bytes(&self) -> usize {
-        self.memory.count() * crate::sys::xsk::CHUNK_SIZE
+        self.memory.count() * crate::sys::xsk::CHUNK_SIZE as usize
     }
 
     fn queue(&mut self, chunk: u32) -> Result<(), Full> {
@@ -289,9 +289,10 @@ impl Device for Uplink {
         for step in 0..self.queues.len() {
             let index = (self.turn + step) % self.queues.len();
             let room = BATCH - (batch.len() - before);
+            let number = u16::try_from(index).unwrap_or(0);
             let came_by = &mut self.came_by;
             let take = |chunk: u32, length| {
-                came_by[chunk as usize] = index as u16;
+                came_by[chunk as usize] = number;
                 let frame = Frame {
                     chunk,
                     offset: 0,
@@ -385,7 +386,7 @@ pub fn receive_queues(device: &str) -> io::Result<u32> {
 /// The largest ring for which all queues of all workers together keep to 128 MiB.
 #[must_use]
 pub const fn ring_size_for(queues: u32) -> u32 {
-    let budget = 128 * 1024 * 1024 / (2 * crate::sys::xsk::CHUNK_SIZE as u32);
+    let budget = 128 * 1024 * 1024 / (2 * crate::sys::xsk::CHUNK_SIZE);
     let mut size = 2048;
     while size > 64 && size * queues > budget {
         size /= 2;

@@ -18,6 +18,7 @@ pub(crate) struct Chunks {
     stride: usize,
     places: Vec<Place>,
     free: Vec<u32>,
+    stays_mapped: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,6 +51,7 @@ impl Chunks {
             stride,
             places: vec![Place::Free; count as usize],
             free: (0..count).rev().collect(),
+            stays_mapped: false,
         })
     }
 
@@ -99,9 +101,14 @@ impl Chunks {
         (self.base.as_ptr(), self.length)
     }
 
-    /// How many chunks are free.
-    pub(crate) const fn free(&self) -> usize {
-        self.free.len()
+    /// Does not unmap on drop: the kernel may still write to it.
+    pub(crate) const fn leave_mapped(&mut self) {
+        self.stays_mapped = true;
+    }
+
+    /// Bytes of a chunk.
+    pub(crate) const fn stride(&self) -> usize {
+        self.stride
     }
 
     /// How many there are.
@@ -133,8 +140,11 @@ impl Chunks {
 
 impl Drop for Chunks {
     fn drop(&mut self) {
+        if self.stays_mapped {
+            return;
+        }
         // SAFETY: the mapping was made by `new` with this length, and no reference into it outlives
-        // `self`. Whoever lent chunks to the kernel took them back before (see `uring`).
+        // `self`. Who lends chunks to the kernel sees to it that it is done with them (`uring`).
         let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.length) };
         debug_assert!(unmapped.is_ok(), "the mapping of `new` can be unmapped");
     }
@@ -174,11 +184,11 @@ mod tests {
         assert!(!chunks.reclaim(0));
         assert!(chunks.lend(0).is_none());
         chunks.release(0);
-        assert_eq!(chunks.free(), 1);
+        assert_eq!(chunks.free.len(), 1);
         let chunk = chunks.acquire().expect("one is free");
         assert_eq!(chunks.acquire(), None);
         chunks.release(chunk);
         chunks.release(chunk);
-        assert_eq!((chunks.free(), chunks.held()), (1, 0));
+        assert_eq!((chunks.free.len(), chunks.held()), (1, 0));
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod ethtool;
 pub(crate) mod mmap;
 pub(crate) mod netlink;
 pub(crate) mod tun;
+pub(crate) mod uring;
 pub(crate) mod xsk;
 
 #[cfg(test)]

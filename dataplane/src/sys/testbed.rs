@@ -4,6 +4,12 @@
 //! Without the privilege a test is skipped with a visible line; with `REQUIRE_PRIVILEGED=1` that
 //! is a failure. A namespace has no name and goes when its last thread and descriptor are gone.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "small numbers of C headers"
+)]
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Command;
@@ -54,6 +60,29 @@ pub(crate) fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) 
         assert!(now() < deadline, "waited in vain for {what}");
         std::thread::yield_now();
     }
+}
+
+/// Lets io_uring fail with EPERM for this thread, as a container's seccomp profile does.
+pub(crate) fn refuse_io_uring() {
+    let number = libc::SYS_io_uring_setup as u32;
+    // The number of the call is the first word of what the filter sees.
+    let mut filter = [
+        (0x20, 0, 0, 0),
+        (0x15, 0, 1, number),
+        (0x06, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        (0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ]
+    .map(|(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k });
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: this prctl takes its arguments by value.
+    let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(result, 0, "no new privileges");
+    // SAFETY: `program` and the filter it points to outlive the call.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program) };
+    assert_eq!(result, 0, "seccomp: {}", io::Error::last_os_error());
 }
 
 /// A packet socket on one device that sends and receives whole frames, each behind a vnet header

@@ -98,7 +98,7 @@ pub(crate) fn configure(ifindex: u32, settings: &Settings) -> io::Result<()> {
         .attribute(libc::IFLA_MTU, &settings.mtu.to_ne_bytes())
         .attribute(libc::IFLA_TXQLEN, &settings.queue_length.to_ne_bytes())
         .nested(libc::IFLA_AF_SPEC, |families| {
-            families.nested(libc::AF_INET6 as u16, |inet6| {
+            families.nested(AF_INET6, |inet6| {
                 inet6.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
             });
         })
@@ -221,5 +221,6 @@ const TUN_F_UDP: libc::c_ulong = 0x60;
 const IFLA_TUN_TYPE: u16 = 3;
 const IFLA_TUN_MULTI_QUEUE: u16 = 7;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
+const AF_INET6: u16 = 10;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;

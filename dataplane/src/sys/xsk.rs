@@ -22,9 +22,9 @@ use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::{CompQueue, FillQueue, RxQueue, TxQueue, Umem};
 
 /// Bytes of one chunk: a page, as every driver with zero copy wants it.
-pub(crate) const CHUNK_SIZE: usize = 4096;
+pub(crate) const CHUNK_SIZE: u32 = 4096;
 /// Bytes of a chunk that a packet to be sent can fill; the kernel reserves the rest in front.
-pub(crate) const CHUNK_ROOM: usize = CHUNK_SIZE - 256;
+pub(crate) const CHUNK_ROOM: usize = CHUNK_SIZE as usize - 256;
 
 /// Whether the NIC reads and writes the chunks itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,7 +63,7 @@ impl Memory {
     pub(crate) fn new(count: NonZeroU32, ring_size: u32) -> io::Result<Self> {
         let size = QueueSize::new(ring_size).map_err(invalid)?;
         let config = UmemConfig::builder()
-            .frame_size(FrameSize::new(CHUNK_SIZE as u32).map_err(invalid)?)
+            .frame_size(FrameSize::new(CHUNK_SIZE).map_err(invalid)?)
             .fill_queue_size(size)
             .comp_queue_size(size)
             .build()
@@ -159,7 +159,7 @@ impl Memory {
 
     /// The chunk behind a descriptor that came out of a ring.
     fn returned(&mut self, descriptor: &FrameDesc, to: Place) -> Option<u32> {
-        let chunk = u32::try_from(descriptor.addr() / CHUNK_SIZE).ok();
+        let chunk = u32::try_from(descriptor.addr() / CHUNK_SIZE as usize).ok();
         let chunk = chunk.filter(|&chunk| self.moved(chunk, Place::Kernel, to).is_some());
         self.strays += u64::from(chunk.is_none());
         chunk
@@ -248,7 +248,7 @@ impl Socket {
     /// left.
     pub(crate) fn refill(&mut self, memory: &mut Memory, keep: usize) {
         loop {
-            let room = self.fill.nb_free(BATCH as u32) as usize;
+            let room = self.fill.nb_free(64) as usize;
             let spare = memory.free.len().saturating_sub(keep);
             let count = room.min(spare).min(BATCH);
             if count == 0 {
@@ -361,7 +361,7 @@ pub(crate) struct Statistics {
 
 fn option(descriptor: i32, name: i32) -> io::Result<u32> {
     let mut value = 0_u32;
-    let mut length = size_of_val(&value) as libc::socklen_t;
+    let mut length = WORD;
     // SAFETY: `value` and `length` outlive the call, and `length` is the size of `value`.
     let result = unsafe {
         libc::getsockopt(
@@ -386,7 +386,7 @@ fn set_option(descriptor: i32, name: i32, value: u32) -> io::Result<()> {
             libc::SOL_XDP,
             name,
             (&raw const value).cast(),
-            size_of_val(&value) as libc::socklen_t,
+            WORD,
         )
     };
     if result < 0 {
@@ -410,6 +410,8 @@ fn kernel_error(error: impl std::error::Error + Send + Sync + 'static) -> io::Er
 
 /// Entries moved between a ring and us at once.
 const BATCH: usize = 64;
+/// Length of an option that is one word.
+const WORD: libc::socklen_t = 4;
 const XDP_OPTIONS: i32 = 8;
 const XDP_MAX_TX_SKB_BUDGET: i32 = 9;
 const XDP_OPTIONS_ZEROCOPY: u32 = 1;
