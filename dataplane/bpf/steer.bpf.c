@@ -129,7 +129,39 @@ static __always_inline enum decision fragment_hit(const struct packet *packet, i
 	return PASS;
 }
 
-static __always_inline enum decision decide_ingress(struct packet *packet)
+static __always_inline void turn(struct packet *packet)
+{
+	__u64 low = packet->words[0], high = packet->words[1];
+	__be16 port = packet->tuple.source_port;
+
+	packet->words[0] = packet->words[2];
+	packet->words[1] = packet->words[3];
+	packet->words[2] = low;
+	packet->words[3] = high;
+	packet->tuple.source_port = packet->tuple.destination_port;
+	packet->tuple.destination_port = port;
+}
+
+/*
+ * A pod begins to speak to a backend directly, from a port by which that backend
+ * knows one of our flows: the replies would be taken for the flow's. The engine
+ * gives the newcomer another port, as conntrack does.
+ */
+static __always_inline int collides(struct packet *packet)
+{
+	__u64 *slot;
+
+	if (packet->tuple.protocol == IPPROTO_TCP && !packet->opens)
+		return 0;
+	turn(packet);
+	packet->tuple.direction = DIRECTION_REPLY;
+	slot = find_tuple(packet);
+	turn(packet);
+	packet->tuple.direction = DIRECTION_ORIGINAL;
+	return slot != 0;
+}
+
+static __always_inline enum decision decide_ingress(struct packet *packet, enum reader reader)
 {
 	int local = is_node_address(packet);
 	enum freshness engine;
@@ -144,7 +176,7 @@ static __always_inline enum decision decide_ingress(struct packet *packet)
 	if (slot)
 		return known(packet, slot, engine);
 	if (!local)
-		return PASS;
+		return reader == READ_TC && engine == FRESH && collides(packet) ? STEER : PASS;
 	packet->tuple.direction = DIRECTION_REPLY;
 	slot = find_tuple(packet);
 	return slot ? known(packet, slot, engine) : PASS;
@@ -170,7 +202,7 @@ decide(void *context, enum reader reader, enum hook hook, struct packet *packet)
 		count(COUNTER_PASSED_UNPARSABLE);
 	if (parsed != PARSED)
 		return PASS;
-	return hook == EGRESS ? decide_egress(packet) : decide_ingress(packet);
+	return hook == EGRESS ? decide_egress(packet) : decide_ingress(packet, reader);
 }
 
 SEC("xdp")

@@ -354,6 +354,48 @@ fn two_frontends_on_one_backend_from_one_client_port_keep_apart() {
 }
 
 #[test]
+fn a_direct_connection_on_the_port_of_a_flow_gets_another_port_and_its_replies_find_it() {
+    each_family(|family| {
+        let mut bed = Bed::new(family);
+        let door =
+            |bed: &mut Bed, hook, direction, packet| bed.steered(11, hook, direction, packet);
+        let by_vip = bed.udp(family.pod_b, 40_000, family.vip, 80);
+        door(&mut bed, Hook::Ingress, Direction::Original, by_vip);
+        let direct = bed.udp(family.pod_b, 40_000, family.pod_a, 8080);
+        let (verdict, out) = door(&mut bed, Hook::Ingress, Direction::Original, direct);
+        assert_eq!(host_command(verdict).action, Action::Reenter);
+        let (source, port, destination, to) = out.ends();
+        assert_eq!(
+            (source, destination, to),
+            (family.pod_b, family.pod_a, 8080)
+        );
+        assert_ne!(port, 40_000);
+
+        let reply = bed.udp(family.pod_a, 8080, family.pod_b, port);
+        let (_, out) = door(&mut bed, Hook::Egress, Direction::Reply, reply);
+        assert_eq!(out.ends(), (family.pod_a, 8080, family.pod_b, 40_000));
+        let reply = bed.udp(family.pod_a, 8080, family.pod_b, 40_000);
+        let (_, out) = door(&mut bed, Hook::Egress, Direction::Reply, reply);
+        assert_eq!(out.ends(), (family.vip, 80, family.pod_b, 40_000));
+    });
+}
+
+#[test]
+fn a_direct_connection_on_the_port_of_a_flow_that_is_over_goes_its_own_way() {
+    each_family(|family| {
+        let mut bed = Bed::new(family);
+        let by_vip = bed.syn(family.pod_b, 40_000, family.vip, 80);
+        bed.steered(11, Hook::Ingress, Direction::Original, by_vip);
+        let reset = bed.reset(family.pod_a, 8080, family.pod_b, 40_000);
+        bed.steered(11, Hook::Egress, Direction::Reply, reset);
+        let direct = bed.syn(family.pod_b, 40_000, family.pod_a, 8080);
+        let (verdict, out) = bed.steered(11, Hook::Ingress, Direction::Original, direct.clone());
+        assert_eq!((verdict, out), (Verdict::Punt, Sent(direct)));
+        assert_eq!(bed.flows(), 0);
+    });
+}
+
+#[test]
 fn bound_and_gone_flows_are_told_once_each() {
     each_family(|family| {
         let mut bed = Bed::new(family);

@@ -3,11 +3,11 @@
 //! Masquerade follows kube-proxy's rules as the snapshot carries them, except that a backend on this
 //! node needs none where the reply leaves through a device that we watch.
 
-use super::{Door, FlowEvent, Pipeline, Step, epoch_of, fingerprints};
+use super::{Door, FlowEvent, NO_SERVICE, Pipeline, Step, epoch_of, fingerprints};
 use crate::command::Origin;
 use crate::counters::DropReason;
 use crate::flow::Flow;
-use crate::flow::table::{FlowId, InsertError, NewFlow};
+use crate::flow::table::{FlowId, FlowTable, InsertError, NewFlow};
 use crate::net::{Address, Endpoint, Tuple};
 use crate::schedule::{self, Choice};
 use crate::snapshot::{Backend, Frontend, Masquerade, Service, Snapshot, WhenEmpty};
@@ -45,17 +45,44 @@ impl Pipeline {
                 WhenEmpty::Drop | WhenEmpty::Reject => Refused::Reject,
             });
         };
+        let target = Target {
+            service: service.id.0,
+            backend: backend.id.0,
+            endpoint: backend.endpoint,
+        };
         let id = if needs_snat(step, frontend, backend, inside) {
-            self.bind_with_snat(step, service, backend)?
+            self.bind_with_snat(step, &target)?
         } else {
-            self.bind_plain(step, service, backend)?
+            self.bind_plain(step, &target)?
         };
         self.counts.opened(backend.id);
-        if let Some(flow) = self.flows.flow(id) {
-            self.events
-                .push(FlowEvent::Bound(id, fingerprints(flow, &self.key)));
-        }
+        self.tell_bound(id);
         Ok(id)
+    }
+
+    /// A pod speaks to a backend directly, from a port by which the backend knows a flow of ours:
+    /// its replies would be taken for that flow's. Like conntrack the engine gives the newcomer
+    /// another source port; where the old flow is over it is forgotten instead (`None`).
+    pub(super) fn bind_direct(&mut self, step: &Step<'_, '_>) -> Option<Result<FlowId, Refused>> {
+        let (holder, _) = self.flows.find(&step.tuple().reversed())?;
+        if self.flows.flow(holder).is_some_and(Flow::is_over) {
+            self.forget(holder);
+            return None;
+        }
+        let target = Target {
+            service: NO_SERVICE,
+            backend: NO_SERVICE,
+            endpoint: step.tuple().destination,
+        };
+        let bound = self.bind_with_port(step, &target, step.tuple().source.address);
+        Some(bound.inspect(|&id| self.tell_bound(id)))
+    }
+
+    fn tell_bound(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.flow(id) {
+            let fingerprints = fingerprints(flow, &self.key);
+            self.events.push(FlowEvent::Bound(id, fingerprints));
+        }
     }
 
     fn schedule<'a>(&mut self, service: &'a Service, choice: u32) -> Option<&'a Backend> {
@@ -69,35 +96,23 @@ impl Pipeline {
     }
 
     /// The client keeps its address, and its port unless the backend knows one like it already.
-    fn bind_plain(
-        &mut self,
-        step: &Step<'_, '_>,
-        service: &Service,
-        backend: &Backend,
-    ) -> Result<FlowId, Refused> {
+    fn bind_plain(&mut self, step: &Step<'_, '_>, target: &Target) -> Result<FlowId, Refused> {
         let client = step.tuple().source;
-        match self
-            .flows
-            .insert(&new_flow(step, service, backend, client), step.now)
-        {
-            Ok(id) => Ok(id),
-            Err(InsertError::Full) => Err(Refused::Drop(DropReason::FlowTableFull)),
-            Err(InsertError::TupleInUse) => {
-                self.bind_with_port(step, service, backend, client.address)
+        match self.enter(step, target, client) {
+            Err(Taken::Over(id)) => {
+                self.forget(id);
+                self.enter(step, target, client).map_err(Refused::from)
             }
+            Err(Taken::Alive) => self.bind_with_port(step, target, client.address),
+            other => other.map_err(Refused::from),
         }
     }
 
-    fn bind_with_snat(
-        &mut self,
-        step: &Step<'_, '_>,
-        service: &Service,
-        backend: &Backend,
-    ) -> Result<FlowId, Refused> {
-        let Some(address) = snat_address(step.snapshot, backend.endpoint.address) else {
+    fn bind_with_snat(&mut self, step: &Step<'_, '_>, target: &Target) -> Result<FlowId, Refused> {
+        let Some(address) = snat_address(step.snapshot, target.endpoint.address) else {
             return Err(Refused::Drop(DropReason::NoSnatAddress));
         };
-        self.bind_with_port(step, service, backend, address)
+        self.bind_with_port(step, target, address)
     }
 
     /// From `address`, with a port that this worker owns and the backend does not know. Where none
@@ -105,53 +120,87 @@ impl Pipeline {
     fn bind_with_port(
         &mut self,
         step: &Step<'_, '_>,
-        service: &Service,
-        backend: &Backend,
+        target: &Target,
         address: Address,
     ) -> Result<FlowId, Refused> {
         let mut over = None;
         let protocol = step.tuple().protocol;
-        for port in self.ports.candidates(address, &backend.endpoint, protocol) {
-            let flow = new_flow(step, service, backend, Endpoint::new(address, port));
-            match self.flows.insert(&flow, step.now) {
-                Ok(id) => return Ok(id),
-                Err(InsertError::Full) => return Err(Refused::Drop(DropReason::FlowTableFull)),
-                Err(InsertError::TupleInUse) if over.is_none() => {
-                    let holder = self.flows.find(&flow.reply).map(|(id, _)| id);
-                    let is_over = |id: &FlowId| self.flows.flow(*id).is_some_and(Flow::is_over);
-                    over = holder.filter(is_over).map(|id| (id, flow));
-                }
-                Err(InsertError::TupleInUse) => {}
+        for port in self.ports.candidates(address, &target.endpoint, protocol) {
+            let source = Endpoint::new(address, port);
+            match enter(&mut self.flows, step, target, source) {
+                Err(Taken::Over(id)) => over = over.or(Some((id, source))),
+                Err(Taken::Alive) => {}
+                other => return other.map_err(Refused::from),
             }
         }
-        let Some((id, flow)) = over else {
-            return Err(Refused::Drop(DropReason::SnatPortsExhausted));
+        let Some((id, source)) = over else {
+            return Err(Taken::Alive.into());
         };
         self.forget(id);
-        let refused = Refused::Drop(DropReason::SnatPortsExhausted);
-        self.flows.insert(&flow, step.now).map_err(|_| refused)
+        self.enter(step, target, source).map_err(Refused::from)
+    }
+
+    fn enter(
+        &mut self,
+        step: &Step<'_, '_>,
+        target: &Target,
+        source: Endpoint,
+    ) -> Result<FlowId, Taken> {
+        enter(&mut self.flows, step, target, source)
     }
 }
 
-fn new_flow(
+/// Where a flow shall lead.
+struct Target {
+    service: u32,
+    backend: u32,
+    endpoint: Endpoint,
+}
+
+/// Why a source cannot be had.
+enum Taken {
+    /// The backend knows it by a flow that is alive.
+    Alive,
+    /// The backend knows it by this flow, which is over.
+    Over(FlowId),
+    /// No flow can be entered at all.
+    Full,
+}
+
+impl From<Taken> for Refused {
+    fn from(taken: Taken) -> Self {
+        Self::Drop(match taken {
+            Taken::Alive | Taken::Over(_) => DropReason::SnatPortsExhausted,
+            Taken::Full => DropReason::FlowTableFull,
+        })
+    }
+}
+
+fn enter(
+    flows: &mut FlowTable,
     step: &Step<'_, '_>,
-    service: &Service,
-    backend: &Backend,
+    target: &Target,
     source: Endpoint,
-) -> NewFlow {
-    let protocol = step.tuple().protocol;
-    NewFlow {
+) -> Result<FlowId, Taken> {
+    let flow = NewFlow {
         original: *step.tuple(),
         reply: Tuple {
-            protocol,
-            source: backend.endpoint,
+            protocol: step.tuple().protocol,
+            source: target.endpoint,
             destination: source,
         },
-        service: service.id.0,
-        backend: backend.id.0,
+        service: target.service,
+        backend: target.backend,
         epoch: epoch_of(step.snapshot),
         tcp: step.headers.tcp,
-    }
+    };
+    flows.insert(&flow, step.now).map_err(|error| match error {
+        InsertError::Full => Taken::Full,
+        InsertError::TupleInUse => match flows.find(&flow.reply) {
+            Some((id, _)) if flows.flow(id).is_some_and(Flow::is_over) => Taken::Over(id),
+            _ => Taken::Alive,
+        },
+    })
 }
 
 /// Whether the client is a pod or a host process: by its range, or by the device it came by.

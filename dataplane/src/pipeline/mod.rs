@@ -168,6 +168,8 @@ struct Answer {
 
 /// An IPv6 error carries at most 1,280 bytes (RFC 4443 section 2.4), and the Ethernet header.
 const ANSWER_SIZE: usize = 1_536;
+/// In a flow that leads to where its client wanted to go anyway.
+const NO_SERVICE: u32 = u32::MAX;
 const CURSORS: usize = 1 << 16;
 const EVENTS: usize = 256;
 /// How many flows one call of `expire` ends at most.
@@ -342,7 +344,7 @@ impl Pipeline {
     fn missing(&mut self, step: &mut Step<'_, '_>, class: Class<'_>) -> Verdict {
         match class {
             Class::Frontend(frontend) => {
-                if step.headers.tuple.protocol == Protocol::TCP && !step.headers.tcp.opens() {
+                if !may_begin(step.headers) {
                     return self.reset(step);
                 }
                 match self.bind(step, frontend) {
@@ -351,11 +353,19 @@ impl Pipeline {
                     Err(bind::Refused::Drop(reason)) => Verdict::Drop(reason),
                 }
             }
-            Class::Reply | Class::Orphan => match step.packet.meta.door {
-                Door::Uplink { .. } => Verdict::Punt,
-                Door::Host(Origin::Steered { .. }) => Verdict::Punt,
-                Door::Host(Origin::Host) => Verdict::Drop(DropReason::NoFlow),
+            Class::Orphan if may_begin(step.headers) => match self.bind_direct(step) {
+                Some(Ok(id)) => self.existing(step, id, Direction::Original, class),
+                Some(Err(_)) | None => Self::unknown(step),
             },
+            Class::Reply | Class::Orphan => Self::unknown(step),
+        }
+    }
+
+    /// None of ours, whatever the steering thought.
+    const fn unknown(step: &Step<'_, '_>) -> Verdict {
+        match step.packet.meta.door {
+            Door::Uplink { .. } | Door::Host(Origin::Steered { .. }) => Verdict::Punt,
+            Door::Host(Origin::Host) => Verdict::Drop(DropReason::NoFlow),
         }
     }
 
@@ -470,11 +480,17 @@ const fn epoch_of(snapshot: &Snapshot) -> u32 {
     snapshot.epoch as u32
 }
 
-/// Whether the flow's backend is in any slice of its Service.
+/// Whether a packet can be a connection's first.
+fn may_begin(headers: &Headers) -> bool {
+    headers.tuple.protocol != Protocol::TCP || headers.tcp.opens()
+}
+
+/// Whether the flow's backend is in any slice of its Service. A flow of no Service always is.
 fn is_served(flow: &Flow, snapshot: &Snapshot) -> bool {
-    snapshot
-        .service(ServiceId(flow.service))
-        .is_some_and(|service| service.backend(BackendId(flow.backend)).is_some())
+    flow.service == NO_SERVICE
+        || snapshot
+            .service(ServiceId(flow.service))
+            .is_some_and(|service| service.backend(BackendId(flow.backend)).is_some())
 }
 
 fn fingerprints(flow: &Flow, key: &FingerprintKey) -> Fingerprints {

@@ -517,6 +517,10 @@ impl Bed {
         with_flags(tcp(from, port, to, to_port, &[]), 0x12)
     }
 
+    pub(crate) fn reset(&self, from: &str, port: u16, to: &str, to_port: u16) -> Vec<u8> {
+        with_flags(tcp(from, port, to, to_port, &[]), 0x14)
+    }
+
     pub(crate) fn ack(&self, from: &str, port: u16, to: &str, to_port: u16) -> Vec<u8> {
         with_flags(tcp(from, port, to, to_port, b"payload"), 0x10)
     }
