@@ -8,6 +8,7 @@
 
 pub mod host;
 pub mod memory;
+pub mod pcap;
 pub mod uplink;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
