@@ -217,7 +217,29 @@ fn on_both(check: &dyn Fn(Site) -> Result<String>) -> std::result::Result<String
     Ok(found.join("; "))
 }
 
+/// What the devices counted before an engine was started: they live longer than it does.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counted {
+    redirected: u64,
+    /// Of the host port: which device it was, received by and transmitted by the kernel.
+    tap: (u64, u64, u64),
+}
+
+impl Counted {
+    /// Reads the counters of the usual devices as they stand.
+    #[must_use]
+    pub fn now(lab: &Lab, node: Site) -> Self {
+        // A device that is not there has counted nothing.
+        let redirected = xdp_redirects(lab, node, UPLINK).unwrap_or_default();
+        Self {
+            redirected,
+            tap: device_packets(lab, node, HOST_PORT).unwrap_or_default(),
+        }
+    }
+}
+
 fn compare_sums(lab: &Lab, node: Site, status: &Value) -> Result<String> {
+    let before = lab.counted(node);
     let rx = sum(status, "/uplinks", "rx")?;
     let lost = sum(status, "/uplinks", "rxDropped")?;
     let mut redirected = 0;
@@ -225,6 +247,7 @@ fn compare_sums(lab: &Lab, node: Site, status: &Value) -> Result<String> {
         let device = uplink["name"].as_str().context("uplinks[].name")?;
         redirected += xdp_redirects(lab, node, device)?;
     }
+    redirected -= before.redirected;
     ensure!(
         rx + lost == redirected,
         "AF_XDP rx {rx} + {lost} dropped, driver redirected {redirected}"
@@ -232,7 +255,10 @@ fn compare_sums(lab: &Lab, node: Site, status: &Value) -> Result<String> {
     let host = &status["hostPort"];
     let (from_host, to_host) = (number(host, "received")?, number(host, "transmitted")?);
     let device = host["name"].as_str().context("hostPort.name")?;
-    let (tap_rx, tap_tx) = device_packets(lab, node, device)?;
+    let (tap, mut tap_rx, mut tap_tx) = device_packets(lab, node, device)?;
+    if tap == before.tap.0 {
+        (tap_rx, tap_tx) = (tap_rx - before.tap.1, tap_tx - before.tap.2);
+    }
     ensure!(
         from_host == tap_tx,
         "host port received {from_host}, TAP sent {tap_tx}"
@@ -271,16 +297,19 @@ fn xdp_redirects(lab: &Lab, node: Site, device: &str) -> Result<u64> {
         .sum()
 }
 
-/// Receive and transmit packets of a device, as the kernel sees them.
-fn device_packets(lab: &Lab, node: Site, device: &str) -> Result<(u64, u64)> {
+/// Number, receive and transmit packets of a device, as the kernel sees them.
+fn device_packets(lab: &Lab, node: Site, device: &str) -> Result<(u64, u64, u64)> {
     let text = lab
         .at(node)
         .output("ip", &["-s", "-j", "link", "show", "dev", device])?;
     let links: Value = serde_json::from_str(&text)?;
     let stats = &links[0]["stats64"];
+    let (received, transmitted) = (&stats["rx"], &stats["tx"]);
+    let index = number(&links[0], "ifindex")?;
     Ok((
-        number(&stats["rx"], "packets")?,
-        number(&stats["tx"], "packets")?,
+        index,
+        number(received, "packets")?,
+        number(transmitted, "packets")?,
     ))
 }
 
@@ -341,6 +370,8 @@ impl Entry {
     }
 }
 
+const UPLINK: &str = "eth0";
+const HOST_PORT: &str = "sluice0";
 const POLL: Duration = Duration::from_millis(100);
 const SETTLE: Duration = Duration::from_secs(3);
 const FLOWS_END: Duration = Duration::from_secs(90);

@@ -92,10 +92,12 @@ pub fn all() -> Vec<Row> {
                 family,
                 protocol,
             };
+            // First, because of a known limit: where a pod asks another one both directly and through a Service from the
+            // same port, the engine takes the direct reply for the Service's as long as it remembers the flow.
+            list.untouched_paths();
             list.client_paths();
             list.pod_paths();
             list.host_paths();
-            list.untouched_paths();
         }
         streams(&mut rows, family);
         unserved(&mut rows, family);

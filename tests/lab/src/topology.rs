@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -18,6 +19,7 @@ use crate::plan::{
     Attachment, BRIDGE_V4, BRIDGE_V6, Family, NODE_PORT_OF_ITS_OWN, POD_PORT, PODS, Pod, Site,
     address, load_balancer, overlay_address,
 };
+use crate::proof::Counted;
 use crate::reaper::Reaper;
 use crate::server::Servers;
 
@@ -35,6 +37,7 @@ pub struct Options {
 pub struct Lab {
     servers: Servers,
     namespaces: BTreeMap<Site, Namespace>,
+    counted: Mutex<BTreeMap<Site, Counted>>,
     name: String,
     dir: PathBuf,
     reaper: Reaper,
@@ -72,6 +75,7 @@ impl Lab {
         let mut lab = Self {
             servers: Servers::default(),
             namespaces,
+            counted: Mutex::default(),
             name,
             dir,
             reaper,
@@ -137,6 +141,22 @@ impl Lab {
     pub fn keep(self) -> Result<()> {
         drop(self.servers);
         self.reaper.keep()
+    }
+
+    /// Remembers what the devices of a node have counted, before an engine is started on it.
+    pub fn count(&self, node: Site) {
+        let counted = Counted::now(self, node);
+        self.counted
+            .lock()
+            .expect("nobody panics while counting")
+            .insert(node, counted);
+    }
+
+    /// What [`Lab::count`] remembered.
+    #[must_use]
+    pub fn counted(&self, node: Site) -> Counted {
+        let counted = self.counted.lock().expect("nobody panics while counting");
+        counted.get(&node).copied().unwrap_or_default()
     }
 
     fn set_sysctls(&self) -> Result<()> {
