@@ -479,4 +479,58 @@ status: {capacity: {cpu: 4, memory: 16Gi}, allocatable: {cpu: 1.5}}
         let fault = read("{\"kind\": \"Service\",\n\"a\": }}\n").expect_err("broken");
         assert!(fault.to_string().starts_with("line 2"), "{fault}");
     }
+
+    #[test]
+    fn forms_that_people_write_are_read() {
+        let odd = [
+            "\u{feff}apiVersion: v1\r\nkind: Service\r\nmetadata:\r\n  name: web\r\n",
+            "%YAML 1.1\n---\napiVersion: v1\nkind: Service\nmetadata: {name: web}\n...\n",
+            "apiVersion: v1\nkind: Service\nmetadata: &m {name: web}\nspec: {clusterIPs: [10.96.0.1, fd00:96::1]}\n",
+            "x: &d {name: web}\napiVersion: v1\nkind: Service\nmetadata: {<<: *d, labels: {on: \"1\"}}\n",
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  annotations:\n    text: |\n      ---\n      a: [b\n",
+            "apiVersion: \"v1\"\n\"kind\": 'Service'\nmetadata:\n    name: >-\n      web\nspec:\n    publishNotReadyAddresses: yes\n",
+            "{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{\"name\":\"web\",\"annotations\":{\"a\":\"\\u00e4\\/\\ud83d\\ude00\"}}}",
+        ];
+        for text in odd {
+            let told = summary(text);
+            assert_eq!(told.len(), 1, "{text}");
+            assert!(
+                told[0].ends_with(" Service default/web"),
+                "{told:?} from {text}"
+            );
+        }
+        for nothing in ["", "\n", "# nothing\n", "---\n---\n", "null\n"] {
+            assert_eq!(summary(nothing), Vec::<String>::new(), "{nothing:?}");
+        }
+    }
+
+    #[test]
+    fn text_that_is_not_an_object_is_named() {
+        assert_eq!(
+            summary("just words\n---\n- a\n- b\n"),
+            [
+                "1 bad File default/: line 1: no kind: this is not a Kubernetes object",
+                "3 bad File default/: line 3: no kind: this is not a Kubernetes object",
+            ]
+        );
+        assert!(read("a: 1\na: 2\n").is_err());
+        assert!(read("a: *unknown\n").is_err());
+    }
+
+    #[test]
+    fn large_files_are_read_whole() {
+        let item = |at: usize| {
+            format!(
+                "- {{apiVersion: v1, kind: Service, metadata: {{name: s{at}}}, spec: {{ports: [{{port: 80}}]}}}}\n"
+            )
+        };
+        let items: String = (0..6_000).map(item).collect();
+        let entries = read(&format!("apiVersion: v1\nkind: List\nitems:\n{items}"))
+            .expect("text that parses");
+        assert_eq!(entries.len(), 6_000);
+        let documents: String = (0..3_000)
+            .map(|at| format!("---\n{}", &item(at)[2..]))
+            .collect();
+        assert_eq!(read(&documents).expect("text that parses").len(), 3_000);
+    }
 }

@@ -6,12 +6,14 @@
 //! routes cannot be told apart reliably. A missed notification is made good by the next full read.
 
 use std::io;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use futures::channel::mpsc::UnboundedReceiver;
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::sys::{AsyncSocket, SocketAddr};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
@@ -142,6 +144,20 @@ impl Kernel {
             self.dirty = Dirty::ALL;
         }
         result
+    }
+
+    /// Asks the kernel to find a station on a link, or to check that it is still there.
+    ///
+    /// # Errors
+    /// The kernel refused or did not answer.
+    pub async fn ask_for(&self, ifindex: u32, address: IpAddr) -> Result<(), KernelError> {
+        // Without a state and with the "use" flag the kernel does what it does for a packet.
+        let request = self.handle.neighbours().add(ifindex, address);
+        let request = request
+            .state(NeighbourState::None)
+            .flags(NeighbourFlags::Use)
+            .replace();
+        answered("asking for a neighbour", request.execute()).await
     }
 
     /// The handle for requests of others.

@@ -125,6 +125,39 @@ impl Tables {
         )
     }
 
+    /// The stations that packets to these backends go to next: routers, and backends on a link.
+    /// Sorted, at most `most`.
+    #[must_use]
+    pub fn stations(
+        &self,
+        backends: impl Iterator<Item = IpAddr>,
+        hidden: u8,
+        most: usize,
+    ) -> BTreeSet<(u32, IpAddr)> {
+        let routes = || self.routes.iter().filter(|route| route.protocol != hidden);
+        let routers = routes().filter_map(|route| Some((route.ifindex, route.gateway?)));
+        let host = |range: &Cidr| *range == Cidr::host(range.network());
+        let on_link: Vec<&Route> = routes()
+            .filter(|route| route.gateway.is_none() && !host(&route.destination))
+            .collect();
+        let neighbours = backends.filter_map(|ip| {
+            let link = on_link
+                .iter()
+                .find(|route| route.destination.contains(ip))?;
+            Some((link.ifindex, ip))
+        });
+        routers.chain(neighbours).take(most).collect()
+    }
+
+    /// Whether the kernel must be asked to find a station, or to check that it is still there: it
+    /// does so by itself only for packets that it sends.
+    #[must_use]
+    pub fn is_in_doubt(&self, station: &(u32, IpAddr)) -> bool {
+        self.neighbors
+            .get(station)
+            .is_none_or(|neighbor| neighbor.is_stale)
+    }
+
     /// Takes a neighbour message in. Tells whether a usable MAC changed.
     pub(crate) fn apply_neighbor(&mut self, message: &NeighbourMessage, is_gone: bool) -> bool {
         let Some((key, neighbor)) = neighbor_from_message(message) else {

@@ -1,9 +1,10 @@
 //! The loop: files and kernel in, snapshots out.
 //!
 //! One async task on one thread. It waits until a manifest, a device, an address, a route or a
-//! neighbour changed, folds what came together, and publishes one snapshot; never more often than
-//! the minimum interval. It does not wait for workers, and it decides nothing. Failures after the
-//! start are logged and tried again: what was served last stays served.
+//! neighbour changed, folds what came together, and publishes one snapshot. Changes of services are
+//! published no more often than the minimum interval; devices, routes and neighbours do not wait.
+//! It does not wait for workers, and it decides nothing. Failures after the start are logged and
+//! tried again: what was served last stays served.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,6 +24,7 @@ use crate::host_routes::{self, HostRoutes};
 use crate::kernel::{Kernel, KernelError};
 use crate::links::{LinkEvent, Links, differences};
 use crate::manifests::{Changes, Folder, FolderError};
+use crate::policy::Frontend;
 use crate::snapshot::{self, DeviceRole, SnapshotMaker};
 
 /// What the loop needs to know.
@@ -32,7 +34,7 @@ pub struct RunConfig {
     pub control: ControlConfig,
     /// The folder of manifests.
     pub manifests: PathBuf,
-    /// Least time between two publications.
+    /// Least time between two changes of services.
     pub min_interval: Duration,
     /// Configured SNAT addresses, one per family at most.
     pub snat_addresses: Vec<IpAddr>,
@@ -132,18 +134,21 @@ pub async fn run(
     let mut control = Control::start(config).await?;
     let mut resync = interval_at(Instant::now() + RESYNC, RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut doubt = interval_at(Instant::now() + DOUBT, DOUBT);
+    doubt.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stop = std::pin::pin!(stop);
     loop {
         control.turn(&mut link, &mut publish).await;
-        let published = Instant::now();
+        let due = control.due();
         let poll = control.poll();
         tokio::select! {
             () = &mut stop => break,
             changes = watch.changed(poll) => control.look(&changes),
             () = control.kernel.changed() => sleep(FOLD).await,
             _ = resync.tick() => control.kernel.distrust(),
+            _ = doubt.tick() => control.doubt(),
+            () = sleep_until(due), if control.held => {}
         }
-        sleep_until(published + control.config.min_interval).await;
     }
     control.stop().await;
     Ok(())
@@ -160,6 +165,14 @@ struct Control {
     roles: BTreeMap<u32, DeviceRole>,
     named: BTreeSet<Rejected>,
     last: Option<Published>,
+    /// Stations that the kernel was asked for lately.
+    asked: BTreeSet<(u32, IpAddr)>,
+    /// When other services were published last.
+    published: Option<Instant>,
+    /// Whether a change of services waits for the minimum interval.
+    held: bool,
+    /// Whether to look for stations to ask for: routes or devices changed, or time has passed.
+    in_doubt: bool,
 }
 
 struct Published {
@@ -189,6 +202,10 @@ impl Control {
             roles: BTreeMap::new(),
             named: BTreeSet::new(),
             last: None,
+            asked: BTreeSet::new(),
+            published: None,
+            held: false,
+            in_doubt: true,
         })
     }
 
@@ -205,7 +222,7 @@ impl Control {
         self.tell_links(link);
         let addresses = self.kernel.tables.local_addresses();
         self.controller.handle(Event::LocalAddresses(addresses));
-        let resolved = self.controller.resolve();
+        let resolved = self.resolve();
         self.name_rejected(&resolved);
         let routes = self.wanted_routes(&resolved);
         if let Some((device, wanted)) = &routes {
@@ -225,6 +242,56 @@ impl Control {
                 .await;
             warn("a route is missing", done);
         }
+        if std::mem::take(&mut self.in_doubt) {
+            self.ask_for_stations(&resolved).await;
+        }
+    }
+
+    fn doubt(&mut self) {
+        self.asked.clear();
+        self.in_doubt = true;
+    }
+
+    /// The engine sends past the kernel, so the kernel does not notice that a station is needed, or
+    /// that it has moved.
+    async fn ask_for_stations(&mut self, resolved: &Resolved) {
+        let ports = resolved
+            .services
+            .values()
+            .flat_map(|service| &service.ports);
+        let lists = ports
+            .flat_map(|port| &port.frontends)
+            .map(Frontend::for_inside);
+        let remote = lists.flat_map(|list| list.iter().filter(|backend| !backend.local));
+        let addresses = remote.map(|backend| backend.address.ip());
+        let tables = &self.kernel.tables;
+        let stations = tables.stations(addresses, host_routes::PROTOCOL, STATIONS);
+        for station in stations {
+            let link = self.links.get(&station.0);
+            let has_stations = link.is_some_and(|link| link.up && link.mac.is_some());
+            if has_stations && tables.is_in_doubt(&station) && self.asked.insert(station) {
+                let done = self.kernel.ask_for(station.0, station.1).await;
+                if let Err(error) = done {
+                    tracing::debug!(address = %station.1, %error, "the kernel is not asked");
+                }
+            }
+        }
+    }
+
+    /// What is served now; what was served last while the minimum interval lasts.
+    fn resolve(&mut self) -> Arc<Resolved> {
+        let now = Instant::now();
+        self.held = now < self.due();
+        match &self.last {
+            Some(last) if self.held => Arc::clone(&last.resolved),
+            _ => self.controller.resolve(),
+        }
+    }
+
+    /// When other services may be published.
+    fn due(&self) -> Instant {
+        self.published
+            .map_or_else(Instant::now, |last| last + self.config.min_interval)
     }
 
     fn tell_links(&mut self, link: &mut impl FnMut(&LinkEvent) -> DeviceRole) {
@@ -260,7 +327,7 @@ impl Control {
         if same_services && same_surroundings {
             return None;
         }
-        let (node, fib) = (Arc::clone(&node), Arc::clone(&fib));
+        self.in_doubt |= !same_surroundings;
         self.last = Some(Published {
             resolved: Arc::clone(resolved),
             node: Arc::clone(&node),
@@ -269,6 +336,7 @@ impl Control {
         let snapshot = if same_services {
             self.maker.surroundings(node, fib)
         } else {
+            self.published = Some(Instant::now());
             let (snapshot, errors) = self.maker.services(resolved, node, fib);
             errors.iter().for_each(|error| tracing::warn!("{error}"));
             snapshot
@@ -353,6 +421,10 @@ fn warn<T>(what: &str, result: Result<T, KernelError>) {
 const FOLD: Duration = Duration::from_millis(2);
 /// How often everything is read again, told or not.
 const RESYNC: Duration = Duration::from_secs(30);
+/// How often the kernel is asked for a station that is in doubt.
+const DOUBT: Duration = Duration::from_secs(10);
+/// How many stations are looked after.
+const STATIONS: usize = 1024;
 /// How often to look at files although nothing was told.
 const POLL: Duration = Duration::from_secs(10);
 /// The same where links lead somewhere else.

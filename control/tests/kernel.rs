@@ -87,7 +87,7 @@ impl Lab {
                 ..ControlConfig::default()
             },
             manifests: folder.path().to_owned(),
-            min_interval: Duration::ZERO,
+            min_interval: MIN_INTERVAL,
             snat_addresses: Vec::new(),
             host_scope: host_scope.map(Into::into),
         };
@@ -157,6 +157,10 @@ fn an_edit_is_live_within_a_second_and_a_broken_one_changes_nothing() {
     lab.until("the first one", |update| serves(update, "10.96.0.1:80"));
     lab.write("b.yaml", &service("b", "10.96.0.2"));
     let took = lab.until("an edit", |update| serves(update, "10.96.0.2:80"));
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    lab.write("c.yaml", &service("c", "10.96.0.3"));
+    let took = lab.until("another edit", |update| serves(update, "10.96.0.3:80"));
+    assert!(took > MIN_INTERVAL / 2, "it did not wait: {took:?}");
     assert!(took < Duration::from_secs(1), "{took:?}");
     lab.write("a.yaml", "kind: [");
     lab.until("a broken file is named", |update| {
@@ -239,6 +243,27 @@ fn devices_routes_and_neighbours_are_followed() {
 }
 
 #[test]
+fn the_kernel_is_asked_for_routers_and_for_backends_on_the_link() {
+    let Some(_namespace) = Namespace::enter("ask") else {
+        return;
+    };
+    ip("link add v0 type veth peer name v1");
+    ip("link set v0 up");
+    ip("link set v1 up");
+    ip("addr add 192.0.2.1/24 dev v0");
+    ip("route add 198.51.100.0/24 via 192.0.2.254 dev v0");
+    let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a, labels: {kubernetes.io/service-name: a}}\naddressType: IPv4\nports: [{port: 80}]\nendpoints: [{addresses: [192.0.2.9]}, {addresses: [198.51.100.9]}]\n";
+    let lab = Lab::start(&[("a.yaml", &(service("a", "10.96.0.1") + slice))], None);
+    // Nobody answers, but the kernel has been asking.
+    eventually("they are asked for", || {
+        let known = ip("neigh show dev v0");
+        known.contains("192.0.2.254") && known.contains("192.0.2.9")
+    });
+    assert!(!ip("neigh show dev v0").contains("198.51.100.9"));
+    lab.stop();
+}
+
+#[test]
 fn host_routes_follow_the_services_and_leave_nothing() {
     let Some(_namespace) = Namespace::enter("routes") else {
         return;
@@ -317,4 +342,5 @@ fn node_port() -> String {
         .replace("port: 80", "port: 80, nodePort: 30080")
 }
 
+const MIN_INTERVAL: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(5);

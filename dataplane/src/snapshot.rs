@@ -395,6 +395,7 @@ impl Snapshot {
     pub fn with_node(&self, epoch: u64, node: Arc<Node>, fib: Arc<Fib>) -> Self {
         Self {
             epoch,
+            masquerade_addresses: masquerade_addresses(&node, &fib),
             node,
             fib,
             ..self.clone()
@@ -524,5 +525,18 @@ mod tests {
             fib.hop(address("203.0.113.1")).and_then(|hop| hop.mac),
             Some(mac)
         );
+    }
+
+    #[test]
+    fn other_routes_bring_other_masquerade_addresses() {
+        let from = |source| Route {
+            source: Some(address(source)),
+            ..route(1)
+        };
+        let fib = |source| Arc::new(Fib::new([(prefix("0.0.0.0", 0), from(source))], []));
+        let node = Arc::new(Node::default());
+        let build = SnapshotBuilder::new().build(1, Arc::clone(&node), fib("192.0.2.1"));
+        let moved = build.0.with_node(2, node, fib("192.0.2.2"));
+        assert_eq!(moved.masquerade_addresses(), [address("192.0.2.2")]);
     }
 }

@@ -20,10 +20,12 @@ pub mod namespace;
 pub mod plan;
 pub mod proof;
 pub mod reaper;
+pub mod residue;
 pub mod rows;
 pub mod server;
 pub mod sluice;
 pub mod topology;
+pub mod trial;
 
 pub use namespace::Namespace;
 pub use plan::{Family, Protocol, Site};

@@ -265,12 +265,16 @@ const POLL: Duration = Duration::from_millis(20);
 const CONFIG: &str = "\
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
-conntrack:
-  tcpEstablishedTimeout: 30s
-  tcpCloseWaitTimeout: 5s
-  udpTimeout: 5s
-  udpStreamTimeout: 5s
 sluice:
   engine:
     enabled: \"on\"
+    timeouts:
+      tcpSyn: 5s
+      tcpEstablished: 30s
+      tcpFin: 5s
+      tcpCloseWait: 5s
+      tcpTimeWait: 5s
+      tcpClose: 2s
+      udp: 3s
+      udpStream: 5s
 ";

@@ -40,6 +40,13 @@ pub struct Lab {
     reaper: Reaper,
 }
 
+/// A pod beside those of the plan, with its servers. [`ExtraPod::remove`] deletes it as a container runtime would.
+#[derive(Debug)]
+pub struct ExtraPod {
+    servers: Servers,
+    namespace: Namespace,
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -108,6 +115,24 @@ impl Lab {
         &self.namespaces[&site]
     }
 
+    /// Makes a pod that the plan does not have.
+    pub fn add_pod(&self, pod: &Pod) -> Result<ExtraPod> {
+        let name = format!("{}-{}", self.name, pod.name);
+        ip_batch(
+            None,
+            &format!("netns add {name}\n{}", pod_link(&self.name, pod)),
+        )?;
+        let namespace = Namespace::open(&name)?;
+        namespace.sysctls(&SYSCTLS)?;
+        join_pod(self.at(pod.node), &namespace, pod)?;
+        let mut servers = Servers::default();
+        for family in Family::ALL {
+            let at = SocketAddr::new(pod.address(family), POD_PORT);
+            servers.add(&namespace, pod.name, at)?;
+        }
+        Ok(ExtraPod { servers, namespace })
+    }
+
     /// Stops the servers and leaves everything else up.
     pub fn keep(self) -> Result<()> {
         drop(self.servers);
@@ -116,15 +141,7 @@ impl Lab {
 
     fn set_sysctls(&self) -> Result<()> {
         for (site, namespace) in &self.namespaces {
-            namespace.sysctls(&[
-                "net.ipv6.conf.all.disable_ipv6=0",
-                "net.ipv6.conf.default.disable_ipv6=0",
-                "net.ipv6.conf.default.accept_dad=0",
-                "net.ipv6.conf.default.accept_ra=0",
-                "net.ipv4.conf.all.rp_filter=1",
-                "net.ipv4.conf.default.rp_filter=1",
-                "net.ipv4.ping_group_range=0 2147483647",
-            ])?;
+            namespace.sysctls(&SYSCTLS)?;
             if matches!(site, Site::Wire | Site::N1 | Site::N2) {
                 namespace.sysctls(&["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])?;
             }
@@ -180,6 +197,22 @@ impl Lab {
             }
         }
         Ok(())
+    }
+}
+
+impl ExtraPod {
+    /// Where it lives.
+    #[must_use]
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Deletes it: the namespace goes, and with it both ends of the veth.
+    pub fn remove(self) -> Result<()> {
+        drop(self.servers);
+        let name = self.namespace.name().to_owned();
+        drop(self.namespace);
+        ip_batch(None, &format!("netns del {name}\n"))
     }
 }
 
@@ -345,6 +378,17 @@ fn unique_name() -> Result<String> {
     let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
     Ok(format!("sluice-{}", &uuid[..6]))
 }
+
+/// What every namespace has before its devices are made.
+const SYSCTLS: [&str; 7] = [
+    "net.ipv6.conf.all.disable_ipv6=0",
+    "net.ipv6.conf.default.disable_ipv6=0",
+    "net.ipv6.conf.default.accept_dad=0",
+    "net.ipv6.conf.default.accept_ra=0",
+    "net.ipv4.conf.all.rp_filter=1",
+    "net.ipv4.conf.default.rp_filter=1",
+    "net.ipv4.ping_group_range=0 2147483647",
+];
 
 /// What a node's own policy looks like to a proxy: stateful, and closed to what conntrack does not know. Neighbour
 /// discovery between two ports of the bridge passes the hook too, and is never tracked.
