@@ -284,16 +284,13 @@ fn overlay(settings: &Settings, entries: &mut Map<String, Value>) -> BTreeMap<St
         flags.insert(key.to_owned(), flag);
     };
     for (flag, text) in &settings.kube_proxy.0 {
-        let key = if flag.key.is_empty() {
-            flag.name
-        } else {
-            flag.key
-        };
-        set(
-            key,
-            format!("--{}", flag.name),
-            flag_value(flag.shape, text),
-        );
+        if !flag.key.is_empty() {
+            set(
+                flag.key,
+                format!("--{}", flag.name),
+                flag_value(flag.shape, text),
+            );
+        }
     }
     let ours = [
         ("hostnameOverride", "node", &settings.node),

@@ -48,29 +48,50 @@ impl StateFolder {
         &self.path
     }
 
+    /// Removes the folder with all it holds.
+    pub(crate) fn remove(self) -> Result<(), StateError> {
+        fs::remove_dir_all(&self.path).map_err(|error| unusable(&self.path, error))
+    }
+
+    /// Takes the lock; once more where the folder was removed between opening and locking it.
     fn open_at(path: PathBuf) -> Result<Self, StateError> {
-        let unusable = |error: io::Error| StateError::Unusable {
-            path: path.display().to_string(),
-            error,
-        };
-        fs::create_dir_all(&path).map_err(unusable)?;
-        let lock = path.join("lock");
-        let mut lock = OpenOptions::new()
-            .create(true)
-            .read(true)
-            .write(true)
-            .truncate(false)
-            .open(lock)
-            .map_err(unusable)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(in_use(&path, &mut lock)),
-            Err(error) => return Err(unusable(error.into())),
+        loop {
+            let lock = lock(&path)?;
+            if is_the_file_at(&lock, &path.join(LOCK)) {
+                return Ok(Self { path, _lock: lock });
+            }
         }
-        lock.set_len(0)
-            .and_then(|()| writeln!(lock, "{}", std::process::id()))
-            .map_err(unusable)?;
-        Ok(Self { path, _lock: lock })
+    }
+}
+
+fn lock(folder: &Path) -> Result<File, StateError> {
+    let unusable = |error| unusable(folder, error);
+    fs::create_dir_all(folder).map_err(unusable)?;
+    let path = folder.join(LOCK);
+    let mut options = OpenOptions::new();
+    let options = options.create(true).read(true).write(true).truncate(false);
+    let mut lock = options.open(path).map_err(unusable)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(in_use(folder, &mut lock)),
+        Err(error) => return Err(unusable(error.into())),
+    }
+    let written = lock
+        .set_len(0)
+        .and_then(|()| writeln!(lock, "{}", std::process::id()));
+    written.map_err(unusable)?;
+    Ok(lock)
+}
+
+fn is_the_file_at(file: &File, path: &Path) -> bool {
+    let inode = |metadata: io::Result<fs::Metadata>| metadata.map(|m| (m.dev(), m.ino())).ok();
+    inode(file.metadata()) == inode(fs::metadata(path))
+}
+
+fn unusable(path: &Path, error: io::Error) -> StateError {
+    StateError::Unusable {
+        path: path.display().to_string(),
+        error,
     }
 }
 
@@ -93,11 +114,10 @@ fn in_use(path: &Path, lock: &mut File) -> StateError {
 fn namespace_name(base: &Path) -> Result<String, StateError> {
     let namespace = fs::metadata("/proc/thread-self/ns/net");
     let inode = namespace.map(|namespace| namespace.ino().to_string());
-    inode.map_err(|error| StateError::Unusable {
-        path: base.display().to_string(),
-        error,
-    })
+    inode.map_err(|error| unusable(base, error))
 }
+
+const LOCK: &str = "lock";
 
 #[cfg(test)]
 mod tests {
@@ -125,6 +145,17 @@ mod tests {
         assert_eq!(folder.path(), base.path().join(inode.to_string()));
         drop(folder);
         assert!(StateFolder::open_existing(base.path()).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_removed_folder_is_gone_and_can_be_made_again() {
+        let base = tempfile::tempdir().unwrap();
+        let folder = StateFolder::open(base.path()).unwrap();
+        let path = folder.path().to_owned();
+        fs::write(path.join("flows-0"), "").unwrap();
+        folder.remove().unwrap();
+        assert!(!path.exists());
+        StateFolder::open(base.path()).unwrap();
     }
 
     #[test]

@@ -19,9 +19,12 @@ pub(crate) fn change(change: &Change) -> Result<(), String> {
         Change::Sysctl { name, before, ours } => {
             restore_sysctl(Path::new(SYSCTLS), name, before, ours).map_err(|e| e.to_string())
         }
-        Change::Device { name } => HostPortDevice::remove(name)
-            .map(drop)
-            .map_err(|e| e.to_string()),
+        Change::Device { name } => {
+            programs(false)?;
+            HostPortDevice::remove(name)
+                .map(drop)
+                .map_err(|e| e.to_string())
+        }
         // They lead into the host port and go with it.
         Change::Routes { .. } => Ok(()),
         Change::Programs { .. } => programs(false).map(drop),

@@ -20,7 +20,11 @@ pub(crate) fn run(args: &CleanupArgs, output: Output) -> anyhow::Result<()> {
         Some(folder) => from_journal(folder.path(), args.dry_run)?,
         None => Vec::new(),
     };
-    left.extend(without_journal(args.dry_run));
+    for found in without_journal(args.dry_run) {
+        if left.iter().all(|known| known.what != found.what) {
+            left.push(found);
+        }
+    }
     let failed = left
         .iter()
         .filter(|left| left.outcome == Outcome::Failed)
@@ -32,6 +36,10 @@ pub(crate) fn run(args: &CleanupArgs, output: Output) -> anyhow::Result<()> {
         changes: left,
     };
     output::print(&result, output)?;
+    match folder {
+        Some(folder) if failed == 0 && !args.dry_run => folder.remove()?,
+        _ => {}
+    }
     if failed > 0 {
         bail!("{failed} of the changes could not be undone; run it again as root");
     }

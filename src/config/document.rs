@@ -54,6 +54,9 @@ pub(crate) struct Document {
     /// Dotted key -> the flag that set it.
     flags: BTreeMap<String, String>,
     findings: RefCell<Findings>,
+    /// Every key that was asked for; the documentation of the keys is compared with it.
+    #[cfg(test)]
+    known: RefCell<std::collections::BTreeSet<String>>,
 }
 
 impl Document {
@@ -61,6 +64,8 @@ impl Document {
         Self {
             flags,
             findings: RefCell::default(),
+            #[cfg(test)]
+            known: RefCell::default(),
         }
     }
 
@@ -82,6 +87,18 @@ impl Document {
     pub(crate) fn warning(&self, key: &str, value: &str, reason: impl Into<String>) {
         let finding = self.finding(key, value, reason.into());
         self.findings.borrow_mut().warnings.push(finding);
+    }
+
+    /// The keys that have a meaning, sections left out.
+    #[cfg(test)]
+    pub(crate) fn known_keys(&self) -> Vec<String> {
+        let known = self.known.borrow();
+        let is_section = |key: &String| known.iter().any(|k| k.starts_with(&format!("{key}.")));
+        known
+            .iter()
+            .filter(|key| !is_section(key))
+            .cloned()
+            .collect()
     }
 
     pub(crate) fn into_findings(self) -> Findings {
@@ -124,6 +141,7 @@ impl<'a> Section<'a> {
         key: &str,
         read: impl FnOnce(&Value) -> Result<T, String>,
     ) -> Option<T> {
+        self.know(key);
         let value = self.entries.remove(key).filter(|value| !value.is_null())?;
         match read(&value) {
             Ok(read) => Some(read),
@@ -142,6 +160,7 @@ impl<'a> Section<'a> {
 
     /// Takes a key that means something to kube-proxy and nothing here.
     pub(crate) fn ignore(&mut self, key: &str) {
+        self.know(key);
         self.entries.remove(key);
     }
 
@@ -167,6 +186,14 @@ impl<'a> Section<'a> {
             }
         }
     }
+
+    #[cfg(test)]
+    fn know(&self, key: &str) {
+        self.document.known.borrow_mut().insert(self.key(key));
+    }
+
+    #[cfg(not(test))]
+    fn know(&self, _key: &str) {}
 
     fn key(&self, key: &str) -> String {
         if self.path.is_empty() {

@@ -559,11 +559,8 @@ const WITHOUT_EFFECT: &[&str] = &[
     "oomScoreAdj",
     "portRange",
     "showHiddenMetricsForVersion",
-    "udpIdleTimeout",
     "windowsRunAsService",
     "winkernel",
-    "master",
-    "vmodule",
 ];
 
 const DEFAULT_MASQUERADE_BIT: u8 = 14;

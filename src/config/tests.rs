@@ -468,3 +468,22 @@ fn in_the_cluster_health_answers_where_kube_proxys_does() {
     assert_eq!(config.healthz_address.unwrap().to_string(), "0.0.0.0:10256");
     assert_eq!(config.node, "n1");
 }
+
+#[test]
+fn every_key_is_documented() {
+    let document = document::Document::new(BTreeMap::new());
+    read::config(&document, Map::new(), Some(Path::new("/m")));
+    let known = document.known_keys();
+    let page = include_str!("../../docs/configuration.md");
+    let documented: Vec<_> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .collect();
+    let mut documented: Vec<_> = documented
+        .iter()
+        .filter_map(|line| line.split_once('`'))
+        .map(|(key, _)| key)
+        .collect();
+    documented.sort_unstable();
+    assert_eq!(documented, known);
+}
