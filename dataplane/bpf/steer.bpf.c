@@ -143,7 +143,7 @@ static __always_inline void turn(struct packet *packet)
 }
 
 /*
- * A pod begins to speak to a backend directly, from a port by which that backend
+ * Somebody begins to speak to a backend directly, from a port by which that backend
  * knows one of our flows: the replies would be taken for the flow's. The engine
  * gives the newcomer another port, as conntrack does.
  */
@@ -161,7 +161,7 @@ static __always_inline int collides(struct packet *packet)
 	return slot != 0;
 }
 
-static __always_inline enum decision decide_ingress(struct packet *packet, enum reader reader)
+static __always_inline enum decision decide_ingress(struct packet *packet)
 {
 	int local = is_node_address(packet);
 	enum freshness engine;
@@ -176,7 +176,7 @@ static __always_inline enum decision decide_ingress(struct packet *packet, enum 
 	if (slot)
 		return known(packet, slot, engine);
 	if (!local)
-		return reader == READ_TC && engine == FRESH && collides(packet) ? STEER : PASS;
+		return engine == FRESH && collides(packet) ? STEER : PASS;
 	packet->tuple.direction = DIRECTION_REPLY;
 	slot = find_tuple(packet);
 	return slot ? known(packet, slot, engine) : PASS;
@@ -202,7 +202,7 @@ decide(void *context, enum reader reader, enum hook hook, struct packet *packet)
 		count(COUNTER_PASSED_UNPARSABLE);
 	if (parsed != PARSED)
 		return PASS;
-	return hook == EGRESS ? decide_egress(packet) : decide_ingress(packet, reader);
+	return hook == EGRESS ? decide_egress(packet) : decide_ingress(packet);
 }
 
 SEC("xdp")

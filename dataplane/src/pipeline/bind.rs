@@ -60,7 +60,7 @@ impl Pipeline {
         Ok(id)
     }
 
-    /// A pod speaks to a backend directly, from a port by which the backend knows a flow of ours:
+    /// Somebody speaks to a backend directly, from a port by which the backend knows a flow of ours:
     /// its replies would be taken for that flow's. Like conntrack the engine gives the newcomer
     /// another source port; where the old flow is over it is forgotten instead (`None`).
     pub(super) fn bind_direct(&mut self, step: &Step<'_, '_>) -> Option<Result<FlowId, Refused>> {
