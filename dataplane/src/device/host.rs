@@ -15,6 +15,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{BATCH, Batch, Device, DeviceReport, Frame, Full, VnetHeader};
@@ -294,6 +295,7 @@ impl HostPort {
                 let plain = ReadWrite {
                     chunks: chunks()?,
                     counts: HostPortCounts::default(),
+                    failure: None,
                 };
                 (Io::ReadWrite(plain), refused.and_then(Result::err))
             }
@@ -320,6 +322,16 @@ impl HostPort {
     #[must_use]
     pub const fn fallback(&self) -> Option<&io::Error> {
         self.fallback.as_ref()
+    }
+
+    /// The error that ended reading for good, if one did: somebody removed the device.
+    #[must_use]
+    pub fn failure(&self) -> Option<io::Error> {
+        let number = match &self.io {
+            Io::Uring(uring) => uring.failure(),
+            Io::ReadWrite(plain) => plain.failure,
+        };
+        number.map(io::Error::from_raw_os_error)
     }
 
     /// What went through.
@@ -456,15 +468,16 @@ impl Device for HostPort {
     fn is_readable(&mut self) -> bool {
         match &mut self.io {
             Io::Uring(uring) => uring.is_readable(),
-            Io::ReadWrite(_) => tun::is_readable(&self.queue),
+            Io::ReadWrite(plain) => plain.failure.is_none() && tun::is_readable(&self.queue),
         }
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(match &self.io {
-            Io::Uring(uring) => uring.descriptor(),
-            Io::ReadWrite(_) => self.queue.as_fd(),
-        })
+        match &self.io {
+            Io::Uring(uring) => Some(uring.descriptor()),
+            // The queue of a device that is gone is always readable.
+            Io::ReadWrite(plain) => plain.failure.is_none().then(|| self.queue.as_fd()),
+        }
     }
 }
 
@@ -473,6 +486,7 @@ impl Device for HostPort {
 struct ReadWrite {
     chunks: Chunks,
     counts: HostPortCounts,
+    failure: Option<i32>,
 }
 
 impl ReadWrite {
@@ -488,11 +502,16 @@ impl ReadWrite {
                 break;
             };
             let room = self.chunks.bytes(chunk, HEADROOM, STRIDE - HEADROOM);
-            let Ok(length) = rustix::io::read(queue, room) else {
-                self.chunks.release(chunk);
-                break;
-            };
-            take(&mut self.chunks, chunk, length);
+            match rustix::io::read(queue, room) {
+                Ok(length) => take(&mut self.chunks, chunk, length),
+                Err(error) => {
+                    if !matches!(error, Errno::AGAIN | Errno::INTR) {
+                        self.failure = Some(error.raw_os_error());
+                    }
+                    self.chunks.release(chunk);
+                    break;
+                }
+            }
         }
     }
 
@@ -594,7 +613,9 @@ const TAKE_OVER: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::testbed::{PacketSocket, in_namespace, ip, refuse_io_uring, wait_for};
+    use crate::sys::testbed::{
+        PacketSocket, constant_filter, in_namespace, ip, refuse_io_uring, wait_for,
+    };
 
     fn create(io: IoPreference) -> (HostPortDevice, HostPort) {
         let config = HostPortConfig {
@@ -822,12 +843,92 @@ mod tests {
     }
 
     #[test]
+    fn udp_super_packets_cross_whole_too() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            if !device.takes_udp_segmentation() {
+                return;
+            }
+            let socket = PacketSocket::open(device.name());
+            let mut frame = segment(4_000);
+            frame[23] = 17;
+            frame[38..40].copy_from_slice(&4_020_u16.to_be_bytes());
+            let vnet = VnetHeader {
+                gso_type: 5,
+                gso_size: 500,
+                header_length: 42,
+                checksum_offset: 6,
+                ..SUPER
+            };
+            socket.send(&zerocopy::transmute!(vnet), &frame);
+            let (received, vnet) = receive(&mut port);
+            assert_eq!(port.bytes(&received).len(), frame.len());
+            assert_eq!((vnet.gso_type, { vnet.gso_size }), (5, 500));
+            port.bytes(&received)[33] = 77;
+            let expected = port.bytes(&received).to_vec();
+            let socket = PacketSocket::open(device.name());
+            port.transmit(received, &vnet).expect("there is room");
+            port.flush();
+            assert_eq!({ watch(&socket, &expected).gso_size }, 500);
+        });
+    }
+
+    #[test]
+    fn a_program_chooses_the_queue() {
+        both(|io| {
+            let mut device = HostPortDevice::create(HostPortConfig {
+                queues: 3,
+                io,
+                ..HostPortConfig::default()
+            })
+            .expect("root and /dev/net/tun");
+            let mut ports = device.take_ports().expect("memory for buffers");
+            for queue in [2, 0, 1] {
+                let program = constant_filter(queue);
+                device.set_steering(program.as_fd()).expect("a filter");
+                let socket = PacketSocket::open(device.name());
+                for payload in 0..10 {
+                    socket.send(&[0; 10], &segment(payload));
+                }
+                let port = &mut ports[queue as usize];
+                for (frame, _) in receive_all(port, 10) {
+                    port.free(frame);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_device_that_somebody_removes_is_a_failure_and_no_endless_loop() {
+        both(|io| {
+            let (device, mut port) = create(io);
+            assert!(!port.is_readable());
+            assert!(HostPortDevice::remove(device.name()).expect("root"));
+            let mut batch = Batch::new();
+            wait_for("the failure", || {
+                port.receive(&mut batch);
+                port.flush();
+                port.failure().map(drop)
+            });
+            assert!(!port.is_readable());
+            assert_eq!(port.receive(&mut batch), 0);
+            port.transmit_copy(&segment(10), &VnetHeader::default())
+                .expect("it is refused later");
+            wait_for("the refusal", || {
+                port.flush();
+                (port.counts().refused == 1).then_some(())
+            });
+            assert_eq!(port.held(), 0);
+        });
+    }
+
+    #[test]
     fn the_device_is_silent_and_outlives_its_owner() {
-        in_namespace(|| {
-            let (device, port) = create(IoPreference::ReadWrite);
+        both(|io| {
+            let (device, port) = create(io);
             let ifindex = device.ifindex();
             drop((device, port));
-            let (device, _port) = create(IoPreference::ReadWrite);
+            let (device, _port) = create(io);
             assert_eq!(device.ifindex(), ifindex);
             let shown = std::process::Command::new("ip")
                 .args(["-d", "link", "show", "sluice0"])

@@ -188,11 +188,20 @@ impl RedirectProgram {
             0x0000_0033_0000_0085, // call bpf_redirect_map
             0x0000_0000_0000_0095, // exit
         ];
-        let mut load = Attributes::of_words(&[6, 6]);
-        load.set_pointer(8, instructions.as_ptr());
-        load.set_pointer(16, c"GPL".as_ptr());
-        owned(bpf(5, &load).expect("the program loads"))
+        load_program(6, &instructions)
     }
+}
+
+/// A socket filter that gives the same number for every packet.
+pub(crate) fn constant_filter(number: u32) -> OwnedFd {
+    load_program(1, &[u64::from(number) << 32 | 0xb7, 0x95])
+}
+
+fn load_program(kind: u32, instructions: &[u64]) -> OwnedFd {
+    let mut load = Attributes::of_words(&[kind, instructions.len() as u32]);
+    load.set_pointer(8, instructions.as_ptr());
+    load.set_pointer(16, c"GPL".as_ptr());
+    owned(bpf(5, &load).expect("the program loads"))
 }
 
 /// `union bpf_attr`, by offsets.

@@ -30,6 +30,7 @@ pub(crate) struct Uring {
     arrived: VecDeque<(u32, usize)>,
     is_started: bool,
     is_armed: bool,
+    failure: Option<i32>,
     counts: Counts,
 }
 
@@ -90,6 +91,7 @@ impl Uring {
             room,
             is_started: false,
             is_armed: false,
+            failure: None,
             counts: Counts::default(),
         })
     }
@@ -131,7 +133,7 @@ impl Uring {
     /// Submits what is queued, offers free chunks for reading, and sees what was completed.
     pub(crate) fn flush(&mut self) {
         self.offer();
-        if !self.is_armed && self.supply.offered > 0 {
+        if !self.is_armed && self.failure.is_none() && self.supply.offered > 0 {
             // A length of zero: as long as the buffer is.
             let read = opcode::ReadMulti::new(QUEUE, 0, GROUP)
                 .build()
@@ -158,6 +160,11 @@ impl Uring {
     /// The memory.
     pub(crate) const fn chunks_mut(&mut self) -> &mut Chunks {
         &mut self.chunks
+    }
+
+    /// The error that ended reading for good: the device is gone.
+    pub(crate) const fn failure(&self) -> Option<i32> {
+        self.failure
     }
 
     /// What the completions said.
@@ -197,7 +204,12 @@ impl Uring {
             self.counts.completions += 1;
             if completion.user_data() == READ {
                 self.is_armed &= cqueue::more(completion.flags());
-                self.counts.starved += u64::from(completion.result() == -libc::ENOBUFS);
+                match -completion.result() {
+                    libc::ENOBUFS => self.counts.starved += 1,
+                    libc::EAGAIN | libc::EINTR | libc::ECANCELED => {}
+                    error if error > 0 => self.failure = Some(error),
+                    _ => {}
+                }
                 let Some(id) = cqueue::buffer_select(completion.flags()) else {
                     continue;
                 };
