@@ -5,6 +5,7 @@
 //! fit its kind fails alone. Both say the line. Nothing here knows files.
 
 use std::fmt;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -18,7 +19,7 @@ use crate::store::Object;
 pub(crate) struct Entry {
     /// The line where it begins.
     pub(crate) line: u32,
-    pub(crate) content: Result<Object, BadObject>,
+    pub(crate) content: Result<Arc<Object>, BadObject>,
 }
 
 /// An object that cannot be used.
@@ -131,7 +132,8 @@ fn collect(tree: &Tree, kind: &str, version: &str, entries: &mut Vec<Entry>) {
         ("", _) => Err(de::Error::custom("no apiVersion")),
         _ => return,
     };
-    let content = content.and_then(named).map_err(|fault: Fault| {
+    let content = content.and_then(named).map(Arc::new);
+    let content = content.map_err(|fault: Fault| {
         let metadata = |key| {
             tree.field("metadata")
                 .and_then(|metadata| metadata.text(key))
