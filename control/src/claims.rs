@@ -1,7 +1,7 @@
 //! Who serves an address and port that several Services claim.
 //!
 //! The kind of frontend decides first (nobody takes a cluster IP by writing it into `externalIPs`),
-//! then the name of the Service. The loser's frontend is left out and named; it comes back as soon
+//! then who is older, then the name. The loser's frontend is left out and named; it comes back as soon
 //! as the winner is gone. Within one Service port two kinds may share an address.
 
 use std::collections::{BTreeSet, HashMap};
@@ -11,7 +11,15 @@ use crate::policy::{Frontend, FrontendAddress, FrontendKind, Port, ResolvedServi
 use crate::service::{Protocol, ServiceKey};
 
 type Place = (FrontendAddress, u16, Protocol);
-type Claim = (FrontendKind, ServiceKey, Arc<str>);
+
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Claim {
+    kind: FrontendKind,
+    /// Made at; without a time it counts as the youngest.
+    created: i64,
+    service: ServiceKey,
+    port: Arc<str>,
+}
 
 /// All claims to all addresses and ports.
 #[derive(Debug, Default)]
@@ -31,7 +39,7 @@ impl Claims {
         for (place, claim) in self.places.remove(key).unwrap_or_default() {
             if let Some(claims) = self.claimants.get_mut(&place) {
                 claims.remove(&claim);
-                contested.extend(claims.iter().map(|(_, other, _)| other.clone()));
+                contested.extend(claims.iter().map(|other| other.service.clone()));
                 if claims.is_empty() {
                     self.claimants.remove(&place);
                 }
@@ -44,9 +52,14 @@ impl Claims {
         for port in &service.ports {
             for frontend in &port.frontends {
                 let place = place(port, frontend);
-                let claim = (frontend.kind, key.clone(), Arc::clone(&port.name));
+                let claim = Claim {
+                    kind: frontend.kind,
+                    created: service.created.unwrap_or(i64::MAX),
+                    service: key.clone(),
+                    port: Arc::clone(&port.name),
+                };
                 let claims = self.claimants.entry(place).or_default();
-                contested.extend(claims.iter().map(|(_, other, _)| other.clone()));
+                contested.extend(claims.iter().map(|other| other.service.clone()));
                 claims.insert(claim.clone());
                 places.push((place, claim));
             }
@@ -85,8 +98,7 @@ impl Claims {
         frontend: &Frontend,
     ) -> Option<&Claim> {
         let first = self.claimants.get(&place(port, frontend))?.first()?;
-        let (_, key, name) = first;
-        (*key != service.key || *name != port.name).then_some(first)
+        (first.service != service.key || first.port != port.name).then_some(first)
     }
 }
 
@@ -94,18 +106,18 @@ fn place(port: &Port, frontend: &Frontend) -> Place {
     (frontend.address, frontend.port, port.protocol)
 }
 
-fn remark(port: &Port, frontend: &Frontend, (kind, key, name): &Claim) -> String {
+fn remark(port: &Port, frontend: &Frontend, winner: &Claim) -> String {
     let place = match frontend.address {
         FrontendAddress::EveryLocal(family) => format!("{family} node port {}", frontend.port),
         FrontendAddress::Ip(ip) => std::net::SocketAddr::new(ip, frontend.port).to_string(),
     };
-    let colon = if name.is_empty() { "" } else { ":" };
-    let kind = match kind {
+    let colon = if winner.port.is_empty() { "" } else { ":" };
+    let kind = match winner.kind {
         FrontendKind::ClusterIp => "cluster IP",
         FrontendKind::LoadBalancer => "load balancer address",
         FrontendKind::ExternalIp => "external IP",
         FrontendKind::NodePort => "node port",
     };
-    let protocol = port.protocol;
-    format!("{place}/{protocol} is already a {kind} of {key}{colon}{name}, which serves it")
+    let (protocol, service, name) = (port.protocol, &winner.service, &winner.port);
+    format!("{place}/{protocol} belongs to {service}{colon}{name} as its {kind}")
 }

@@ -53,7 +53,7 @@ pub enum DetectLocalMode {
 #[derive(Clone, PartialEq, Debug)]
 pub enum Event {
     /// An object is new or has changed; and where it stands, if its source can tell.
-    Applied(Object, Option<Arc<str>>),
+    Applied(Arc<Object>, Option<Arc<str>>),
     /// An object has gone.
     Deleted(ObjectKey),
     /// All objects of one kind: what is not among them has gone.
@@ -156,7 +156,7 @@ impl Controller {
                 let mut gone = self.store.keys(kind);
                 for object in objects {
                     gone.remove(&object.key());
-                    self.handle(Event::Applied(object, None));
+                    self.handle(Event::Applied(Arc::new(object), None));
                 }
                 for key in gone {
                     self.handle(Event::Deleted(key));

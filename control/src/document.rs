@@ -5,6 +5,7 @@
 //! fit its kind fails alone. Both say the line. Nothing here knows files.
 
 use std::fmt;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -18,7 +19,7 @@ use crate::store::Object;
 pub(crate) struct Entry {
     /// The line where it begins.
     pub(crate) line: u32,
-    pub(crate) content: Result<Object, BadObject>,
+    pub(crate) content: Result<Arc<Object>, BadObject>,
 }
 
 /// An object that cannot be used.
@@ -131,7 +132,8 @@ fn collect(tree: &Tree, kind: &str, version: &str, entries: &mut Vec<Entry>) {
         ("", _) => Err(de::Error::custom("no apiVersion")),
         _ => return,
     };
-    let content = content.and_then(named).map_err(|fault: Fault| {
+    let content = content.and_then(named).map(Arc::new);
+    let content = content.map_err(|fault: Fault| {
         let metadata = |key| {
             tree.field("metadata")
                 .and_then(|metadata| metadata.text(key))
@@ -532,5 +534,87 @@ status: {capacity: {cpu: 4, memory: 16Gi}, allocatable: {cpu: 1.5}}
             .map(|at| format!("---\n{}", &item(at)[2..]))
             .collect();
         assert_eq!(read(&documents).expect("text that parses").len(), 3_000);
+    }
+
+    #[test]
+    fn what_kubectl_prints_is_read() {
+        let text = r#"
+apiVersion: v1
+items:
+- apiVersion: v1
+  kind: Service
+  metadata:
+    annotations:
+      kubectl.kubernetes.io/last-applied-configuration: |
+        {"apiVersion":"v1","kind":"Service","metadata":{"annotations":{},"name":"web"}}
+    creationTimestamp: "2026-01-02T03:04:05Z"
+    managedFields:
+    - apiVersion: v1
+      fieldsType: FieldsV1
+      fieldsV1:
+        f:metadata:
+          f:annotations:
+            .: {}
+            f:kubectl.kubernetes.io/last-applied-configuration: {}
+        f:spec:
+          f:ports:
+            .: {}
+            k:{"port":80,"protocol":"TCP"}:
+              .: {}
+              f:targetPort: {}
+      manager: kubectl
+      operation: Update
+      time: 2026-01-02T03:04:05Z
+    name: web
+    namespace: shop
+    resourceVersion: "1234"
+    uid: 0a1b2c3d-0000-0000-0000-000000000000
+  spec:
+    clusterIP: 10.96.0.10
+    clusterIPs:
+    - 10.96.0.10
+    - fd00:96::a
+    internalTrafficPolicy: Cluster
+    ipFamilyPolicy: RequireDualStack
+    ports:
+    - port: 80
+      protocol: TCP
+      targetPort: http
+    selector:
+      app: web
+    sessionAffinity: None
+    type: ClusterIP
+  status:
+    loadBalancer: {}
+- apiVersion: v1
+  kind: Node
+  metadata:
+    annotations:
+      node.alpha.kubernetes.io/ttl: "0"
+    creationTimestamp: null
+    name: n1
+  spec:
+    podCIDR: 10.244.1.0/24
+    taints:
+    - effect: NoSchedule
+      key: node-role.kubernetes.io/control-plane
+  status:
+    capacity:
+      cpu: "4"
+      ephemeral-storage: 100Gi
+    conditions:
+    - lastHeartbeatTime: "2026-01-02T03:04:05Z"
+      lastTransitionTime: "2026-01-02T03:04:05Z"
+      status: "True"
+      type: Ready
+    images:
+    - names:
+      - registry.example/pause:3.10
+      sizeBytes: 268051
+kind: List
+metadata:
+  resourceVersion: ""
+"#;
+        assert_eq!(summary(text), ["4 Service shop/web", "49 Node n1"]);
     }
 }

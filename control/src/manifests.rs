@@ -44,7 +44,7 @@ pub struct Folder {
     unreadable: Option<Vec<Rejected>>,
 }
 
-type Content = BTreeMap<ObjectKey, (Object, Arc<str>)>;
+type Content = BTreeMap<ObjectKey, (Arc<Object>, Arc<str>)>;
 
 #[derive(Debug, Default)]
 struct File {
@@ -177,12 +177,11 @@ impl Folder {
         let mut events: Vec<Event> = gone.map(|key| Event::Deleted(key.clone())).collect();
         for (key, (object, place)) in &now {
             // Where it stands matters too: it is named when something is wrong with it.
-            if self
-                .sent
-                .get(key)
-                .is_none_or(|sent| sent.0 != *object || sent.1 != *place)
-            {
-                events.push(Event::Applied(object.clone(), Some(Arc::clone(place))));
+            let is_same = |sent: &(Arc<Object>, Arc<str>)| {
+                (Arc::ptr_eq(&sent.0, object) || sent.0 == *object) && sent.1 == *place
+            };
+            if !self.sent.get(key).is_some_and(is_same) {
+                events.push(Event::Applied(Arc::clone(object), Some(Arc::clone(place))));
             }
         }
         if self.unreadable.as_ref() != Some(&rejected) {
@@ -208,7 +207,7 @@ impl Folder {
                     Ok(object) => {
                         let place: Arc<str> = format!("{name} line {}", entry.line).into();
                         let key = object.key();
-                        let value = (object.clone(), Arc::clone(&place));
+                        let value = (Arc::clone(object), Arc::clone(&place));
                         if let Some((_, before)) = now.insert(key.clone(), value) {
                             let reason = format!("{before}: it is also in {place}, which counts");
                             rejected.push(object_rejected(&key, reason));

@@ -194,6 +194,8 @@ pub struct HealthCheck {
 pub struct ResolvedService {
     /// Its name.
     pub key: ServiceKey,
+    /// When it was made, in seconds since 1970: the older one keeps what two claim.
+    pub created: Option<i64>,
     /// Its ports, sorted by name and protocol.
     pub ports: Vec<Port>,
     /// Its health check, if load balancers ask for one.
@@ -244,6 +246,7 @@ pub fn resolve(
     };
     ResolvedService {
         key: service.key.clone(),
+        created: service.created,
         ports,
         health_check: service.health_check_port.map(|port| HealthCheck {
             port,

@@ -109,6 +109,8 @@ pub struct ServicePort {
 pub struct Service {
     /// Its name.
     pub key: ServiceKey,
+    /// When it was made, in seconds since 1970; files need not say.
+    pub created: Option<i64>,
     /// One cluster address per family that it is served in.
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs`.
@@ -253,11 +255,13 @@ pub fn from_api(object: &api::Service) -> Result<Selection, ServiceError> {
     };
     let mut remarks = Vec::new();
     let balance = Balance::from_annotations(object.metadata.annotations.as_ref(), &mut remarks);
+    let created = object.metadata.creation_timestamp.as_ref();
     Ok(Selection::Ours(Box::new(Service {
         key: ServiceKey::new(
             object.metadata.namespace.as_deref().unwrap_or_default(),
             object.metadata.name.as_deref().unwrap_or_default(),
         ),
+        created: created.map(|time| time.0.as_second()),
         cluster_ips: cluster_ips(&spec)?,
         external_ips,
         load_balancer_ips: load_balancer_ips(object.status.as_ref())?,

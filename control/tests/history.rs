@@ -261,7 +261,7 @@ proptest! {
             match step {
                 Step::Apply(object) => {
                     objects.insert(object.key(), (*object).clone());
-                    lived.controller.handle(Event::Applied(*object, None));
+                    lived.controller.handle(Event::Applied(Arc::new(*object), None));
                 }
                 Step::Delete(key) => {
                     objects.remove(&key);
@@ -275,7 +275,7 @@ proptest! {
         }
         let mut fresh = Side::new();
         for object in objects.into_values() {
-            fresh.controller.handle(Event::Applied(object, None));
+            fresh.controller.handle(Event::Applied(Arc::new(object), None));
         }
         let (resolved, snapshot) = lived.result();
         let (fresh_resolved, fresh_snapshot) = fresh.result();
