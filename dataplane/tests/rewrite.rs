@@ -421,6 +421,26 @@ fn time_exceeded_comes_from_the_given_address() {
 }
 
 #[test]
+fn too_big_tells_the_mtu() {
+    for family in &FAMILIES {
+        let mut out = [0; 2048];
+        let lost = udp(family.client, family.frontend, &[7; 1400]);
+        let headers = parse(&lost).expect("a datagram");
+        let source = end(family.masquerade).address;
+        let length = packet::reply::icmp_too_big(source, 1280, &lost, &headers, &mut out)
+            .expect("an answer");
+        let (bytes, answer) = judged(&out[..length]);
+        let at = usize::from(answer.transport);
+        let code = match family.version {
+            Version::V4 => [3, 4],
+            Version::V6 => [2, 0],
+        };
+        assert_eq!(bytes[at..at + 2], code);
+        assert_eq!(bytes[at + 4..at + 8], [0, 0, 5, 0], "1280");
+    }
+}
+
+#[test]
 fn packets_without_a_sender_to_tell_are_not_answered() {
     let cases = [
         ("224.0.0.1:40000", "192.0.2.10:80"),
