@@ -162,7 +162,7 @@ pub struct Uplink {
 struct Queue {
     number: u32,
     socket: Socket,
-    sent: bool,
+    unsent: bool,
 }
 
 impl Uplink {
@@ -193,7 +193,7 @@ impl Uplink {
             queues.push(Queue {
                 number,
                 socket,
-                sent: false,
+                unsent: false,
             });
         }
         let mut uplink = Self {
@@ -269,7 +269,7 @@ impl Uplink {
             self.counts.full += 1;
             return Err(Full);
         }
-        queue.sent = true;
+        queue.unsent = true;
         self.counts.transmitted += 1;
         Ok(())
     }
@@ -341,9 +341,8 @@ impl Device for Uplink {
 
     fn flush(&mut self) {
         for queue in &mut self.queues {
-            if queue.sent {
-                queue.socket.flush(&self.memory);
-                queue.sent = false;
+            if queue.unsent {
+                queue.unsent = queue.socket.flush(&self.memory);
             }
             queue.socket.reap(&mut self.memory);
         }
@@ -621,6 +620,21 @@ mod tests {
             for flow in 0..100 {
                 watch(&far, &frame(flow, 20));
             }
+        });
+    }
+
+    #[test]
+    fn what_a_device_that_is_down_could_not_send_leaves_later() {
+        in_namespace(|| {
+            let (mut uplink, _program, far) = open(&[0]);
+            ip("link set v0 down");
+            uplink
+                .transmit_copy(&frame(7, 20), &VnetHeader::default())
+                .expect("there is room");
+            uplink.flush();
+            ip("link set v0 up");
+            uplink.flush();
+            watch(&far, &frame(7, 20));
         });
     }
 

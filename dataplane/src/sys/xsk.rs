@@ -283,10 +283,11 @@ impl Socket {
         queued > 0
     }
 
-    /// Makes the kernel send what is queued.
-    pub(crate) fn flush(&mut self, memory: &Memory) {
+    /// Makes the kernel send what is queued; whether something is left that it must be asked for
+    /// again.
+    pub(crate) fn flush(&mut self, memory: &Memory) -> bool {
         if !self.tx.needs_wakeup() {
-            return;
+            return false;
         }
         let mut queued = memory.ring_size - self.tx.nb_free_exact();
         while queued > 0 {
@@ -295,10 +296,11 @@ impl Socket {
             let _ = self.tx.wakeup();
             let left = memory.ring_size - self.tx.nb_free_exact();
             if self.mode == CopyMode::ZeroCopy || left >= queued {
-                break;
+                return left > 0;
             }
             queued = left;
         }
+        false
     }
 
     /// Takes back the chunks that the kernel has sent.
