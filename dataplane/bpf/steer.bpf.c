@@ -18,6 +18,7 @@ enum decision { PASS, STEER, DROP };
 enum hook { INGRESS, EGRESS };
 enum freshness { FRESH, HOLDING, RELEASED };
 
+/* Reads the clock, so it is asked only for packets that are ours. */
 static __always_inline enum freshness freshness(void)
 {
 	__u32 slot = HEARTBEAT_ENGINE;
@@ -108,8 +109,9 @@ static __always_inline enum decision known(struct packet *packet, __u64 *slot, e
 	return engine == HOLDING ? hold(packet, slot) : PASS;
 }
 
-static __always_inline enum decision frontend_hit(struct packet *packet, enum freshness engine)
+static __always_inline enum decision frontend_hit(struct packet *packet)
 {
+	enum freshness engine = freshness();
 	__u64 *slot;
 
 	if (engine == FRESH)
@@ -164,22 +166,20 @@ static __always_inline int collides(struct packet *packet)
 static __always_inline enum decision decide_ingress(struct packet *packet)
 {
 	int local = is_node_address(packet);
-	enum freshness engine;
 	__u64 *slot;
 
 	if (packet->fragment)
 		return fragment_hit(packet, local);
-	engine = freshness();
 	if (is_frontend(packet, local))
-		return frontend_hit(packet, engine);
+		return frontend_hit(packet);
 	slot = find_tuple(packet);
 	if (slot)
-		return known(packet, slot, engine);
+		return known(packet, slot, freshness());
 	if (!local)
-		return engine == FRESH && collides(packet) ? STEER : PASS;
+		return collides(packet) && freshness() == FRESH ? STEER : PASS;
 	packet->tuple.direction = DIRECTION_REPLY;
 	slot = find_tuple(packet);
-	return slot ? known(packet, slot, engine) : PASS;
+	return slot ? known(packet, slot, freshness()) : PASS;
 }
 
 static __always_inline enum decision decide_egress(struct packet *packet)

@@ -23,7 +23,7 @@ pub(crate) struct Mapping {
 
 // SAFETY: the region belongs to this value alone, as the bytes of a `Box<[u8]>` do.
 unsafe impl Send for Mapping {}
-// SAFETY: a shared reference gives only shared access to the bytes.
+// SAFETY: a shared reference gives no access to the bytes.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -69,18 +69,10 @@ impl Mapping {
     }
 
     /// All bytes, to write.
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+    fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: `start` is valid for `length` bytes until drop, page-aligned, initialised by the
         // kernel, and `&mut self` makes this the only view.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
-    }
-
-    /// All bytes.
-    #[must_use]
-    pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: `start` is valid for `length` bytes until drop, initialised by the kernel, and
-        // `&self` excludes a mutable view.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 
     /// `count` values from byte `offset` on; `None` if they do not fit or are not aligned there.
@@ -93,17 +85,6 @@ impl Mapping {
             .bytes_mut()
             .get_mut(offset..offset.checked_add(size)?)?;
         <[T]>::mut_from_bytes_with_elems(bytes, count).ok()
-    }
-
-    /// `count` values from byte `offset` on, to read.
-    #[must_use]
-    pub(crate) fn slice<T>(&self, offset: usize, count: usize) -> Option<&[T]>
-    where
-        T: FromBytes + KnownLayout + Immutable,
-    {
-        let size = count.checked_mul(size_of::<T>())?;
-        let bytes = self.bytes().get(offset..offset.checked_add(size)?)?;
-        <[T]>::ref_from_bytes_with_elems(bytes, count).ok()
     }
 }
 
@@ -216,8 +197,8 @@ mod tests {
         let mut first = Mapping::shared(file.as_fd(), 8192).expect("a mapping");
         first.slice_mut::<u32>(4096, 2).expect("aligned")[1] = 7;
         drop(first);
-        let second = Mapping::shared(file.as_fd(), 8192).expect("a mapping");
-        assert_eq!(second.slice::<u32>(4096, 2), Some(&[0, 7][..]));
+        let mut second = Mapping::shared(file.as_fd(), 8192).expect("a mapping");
+        assert_eq!(second.slice_mut::<u32>(4096, 2), Some(&mut [0, 7][..]));
     }
 
     #[test]
