@@ -12,7 +12,7 @@ use crate::address::Cidr;
 use crate::balance::Scheduler;
 use crate::claims::Claims;
 use crate::node::{NodePortAddresses, Topology};
-use crate::policy::{self, ExternalIps, PolicyConfig, ResolvedService};
+use crate::policy::{self, ExternalIps, PolicyConfig, Port, ResolvedService};
 use crate::service::ServiceKey;
 use crate::store::{Kind, Object, ObjectKey, Store, Touched};
 
@@ -173,26 +173,14 @@ impl Controller {
 
     /// What is served now. The same `Arc` as last time if nothing changed.
     pub fn resolve(&mut self) -> Arc<Resolved> {
+        let addresses = self.topology.addresses();
         let mut services = self.last.services.clone();
-        let mut contested = BTreeSet::new();
-        for key in std::mem::take(&mut self.dirty) {
-            let resolved = self.store.service(&key).map(|service| {
-                let slices = self.store.slices(&key);
-                policy::resolve(service, &slices, &self.topology, &self.policy)
-            });
-            contested.extend(self.claims.replace(&key, resolved.as_ref()));
-            contested.insert(key.clone());
-            match resolved {
-                Some(resolved) => _ = self.wanted.insert(key, Arc::new(resolved)),
-                None => _ = self.wanted.remove(&key),
-            }
-        }
-        for key in contested {
+        for key in self.resolve_dirty(&addresses) {
             let Some(wanted) = self.wanted.get(&key) else {
                 services.remove(&key);
                 continue;
             };
-            let settled = self.claims.settle(wanted);
+            let settled = self.claims.settle(wanted, &addresses);
             if services.get(&key).is_none_or(|last| **last != *settled) {
                 services.insert(key, settled);
             }
@@ -200,7 +188,7 @@ impl Controller {
         let resolved = Resolved {
             node: self.config.node_name.clone(),
             zone: self.topology.zone().to_owned(),
-            addresses: self.topology.addresses(),
+            addresses,
             node_addresses: self.topology.own_addresses().to_vec(),
             inside: self.inside(),
             rejected: self.rejected(&services),
@@ -210,6 +198,34 @@ impl Controller {
             self.last = Arc::new(resolved);
         }
         Arc::clone(&self.last)
+    }
+
+    /// Resolves each Service that was touched. Returns all whose claims must be settled again.
+    fn resolve_dirty(&mut self, addresses: &BTreeSet<IpAddr>) -> BTreeSet<ServiceKey> {
+        let mut unsettled = BTreeSet::new();
+        for key in std::mem::take(&mut self.dirty) {
+            let resolved = self.store.service(&key).map(|service| {
+                let slices = self.store.slices(&key);
+                policy::resolve(service, &slices, &self.topology, &self.policy)
+            });
+            unsettled.extend(self.claims.replace(&key, resolved.as_ref()));
+            unsettled.insert(key.clone());
+            match resolved {
+                Some(resolved) => _ = self.wanted.insert(key, Arc::new(resolved)),
+                None => _ = self.wanted.remove(&key),
+            }
+        }
+        let changed = self.claims.take_changed();
+        if !changed.is_empty() {
+            let is_hit = |port: &Port| {
+                let mut backends = port.backends();
+                backends.any(|backend| changed.hold(backend.address, port.protocol, addresses))
+            };
+            let hit = self.wanted.iter();
+            let hit = hit.filter(|(_, service)| service.ports.iter().any(is_hit));
+            unsettled.extend(hit.map(|(key, _)| key.clone()));
+        }
+        unsettled
     }
 
     fn inside(&self) -> BTreeSet<Cidr> {

@@ -46,14 +46,18 @@ pub enum KernelError {
 #[derive(Debug)]
 pub struct Kernel {
     handle: Handle,
-    events: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
-    tasks: Vec<JoinHandle<()>>,
+    events: Events,
+    tasks: [JoinHandle<()>; 2],
     dirty: Dirty,
+    /// Whether the listening socket failed; the next `refresh` opens new ones.
+    lost: bool,
     /// Devices by number.
     pub links: Links,
     /// Addresses, routes and neighbours.
     pub tables: Tables,
 }
+
+type Events = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Dirty {
@@ -84,6 +88,19 @@ impl Kernel {
     /// # Errors
     /// The kernel gives no netlink socket.
     pub fn connect() -> Result<Self, KernelError> {
+        let (handle, events, tasks) = Self::open()?;
+        Ok(Self {
+            handle,
+            events,
+            tasks,
+            dirty: Dirty::ALL,
+            lost: false,
+            links: Links::new(),
+            tables: Tables::default(),
+        })
+    }
+
+    fn open() -> io::Result<(Handle, Events, [JoinHandle<()>; 2])> {
         let (asking, handle, _) = rtnetlink::new_connection()?;
         let (mut listening, _, events) = rtnetlink::new_multicast_connection(&GROUPS)?;
         // A burst of devices must not overrun at once; if it does, everything is read again.
@@ -94,14 +111,8 @@ impl Kernel {
         {
             tracing::debug!(%error, "the receive buffer of netlink stays small");
         }
-        Ok(Self {
-            handle,
-            events,
-            tasks: vec![tokio::spawn(asking), tokio::spawn(listening)],
-            dirty: Dirty::ALL,
-            links: Links::new(),
-            tables: Tables::default(),
-        })
+        let tasks = [tokio::spawn(asking), tokio::spawn(listening)];
+        Ok((handle, events, tasks))
     }
 
     /// Waits until something changes. Nothing is lost if the future is dropped before it is ready.
@@ -113,9 +124,11 @@ impl Kernel {
                         return;
                     }
                 }
+                // The caller's periodic refresh tries again where new sockets cannot be had.
+                None if self.lost => return std::future::pending().await,
                 None => {
-                    // The socket is gone; the caller's periodic refresh goes on working.
-                    return std::future::pending().await;
+                    self.lost = true;
+                    return;
                 }
             }
         }
@@ -138,6 +151,14 @@ impl Kernel {
     /// # Errors
     /// The kernel refused or did not answer; what was known stays.
     pub async fn refresh(&mut self) -> Result<(), KernelError> {
+        if self.lost {
+            let (handle, events, tasks) = Self::open()?;
+            self.tasks.iter().for_each(JoinHandle::abort);
+            (self.handle, self.events, self.tasks) = (handle, events, tasks);
+            self.lost = false;
+            self.dirty = Dirty::ALL;
+            tracing::warn!("netlink was lost and is open again");
+        }
         let dirty = std::mem::replace(&mut self.dirty, Dirty::NOTHING);
         let result = self.read(dirty).await;
         if result.is_err() {

@@ -180,6 +180,15 @@ pub struct Port {
     pub draining: Vec<Backend>,
 }
 
+impl Port {
+    /// Every endpoint of it, some of them several times.
+    pub fn backends(&self) -> impl Iterator<Item = &Backend> {
+        let lists = self.frontends.iter();
+        let lists = lists.flat_map(|frontend| [&frontend.backends, frontend.for_inside()]);
+        lists.flat_map(|list| list.iter()).chain(&self.draining)
+    }
+}
+
 /// How many endpoints of a Service run here, for load balancers that ask.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HealthCheck {

@@ -24,6 +24,7 @@ use crate::host_routes::{self, HostRoutes};
 use crate::kernel::{Kernel, KernelError};
 use crate::links::{LinkEvent, Links, differences};
 use crate::manifests::{Changes, Folder, FolderError};
+use crate::neighbor::Route;
 use crate::policy::Frontend;
 use crate::snapshot::{self, DeviceRole, SnapshotMaker};
 
@@ -185,6 +186,11 @@ impl Control {
     async fn start(config: RunConfig) -> Result<Self, RunError> {
         let mut kernel = Kernel::connect()?;
         kernel.refresh().await?;
+        let is_ours = |route: &Route| route.protocol == host_routes::PROTOCOL;
+        if config.host_scope.is_none() && kernel.tables.routes.iter().any(is_ours) {
+            // Of a process that was killed: host processes would send into nowhere.
+            warn("an old route stays", host_routes::remove_all().await);
+        }
         let mut folder = Folder::new(&config.manifests);
         let mut controller = Controller::new(config.control.clone());
         folder

@@ -92,11 +92,12 @@ fn service() -> impl Strategy<Value = Object> {
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {
-    (0..4u8, 0..2u8, 0..4u8, 0..3u8).prop_map(|(ip, node, state, hint)| Endpoint {
-        addresses: vec![if ip == 3 {
-            "127.0.0.1".into()
-        } else {
-            format!("10.244.{node}.{ip}")
+    (0..6u8, 0..2u8, 0..4u8, 0..3u8).prop_map(|(ip, node, state, hint)| Endpoint {
+        addresses: vec![match ip {
+            3 => "127.0.0.1".into(),
+            4 => "10.96.0.1".into(),
+            5 => "192.0.2.1".into(),
+            _ => format!("10.244.{node}.{ip}"),
         }],
         node_name: Some(format!("n{node}")),
         conditions: Some(EndpointConditions {
@@ -115,7 +116,7 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 }
 
 fn slice() -> impl Strategy<Value = Object> {
-    (0..5u8, 0..5u8, vec(endpoint(), 0..4)).prop_map(|(name, owner, endpoints)| {
+    (0..5u8, 0..5u8, 0..3i32, vec(endpoint(), 0..4)).prop_map(|(name, owner, port, endpoints)| {
         let owner = format!("s{owner}");
         Object::EndpointSlice(Box::new(EndpointSlice {
             address_type: if owner == "s4" {
@@ -129,7 +130,8 @@ fn slice() -> impl Strategy<Value = Object> {
                 &[("kubernetes.io/service-name", &owner)],
             ),
             ports: Some(vec![EndpointPort {
-                port: Some(8080),
+                // A frontend's port, a NodePort's, and one that is none.
+                port: Some([80, 30_001, 8080][usize::try_from(port).expect("a small number")]),
                 ..EndpointPort::default()
             }]),
         }))

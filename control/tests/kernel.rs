@@ -315,6 +315,12 @@ fn host_routes_follow_the_services_and_leave_nothing() {
         ""
     );
     assert!(ip("route show 10.96.0.9").contains("v0"));
+    ip("route add 10.96.0.77/32 dev sluice0 proto 115");
+    let lab = Lab::start(&[], None);
+    eventually("what a killed process left", || {
+        ip("route show proto 115").is_empty()
+    });
+    lab.stop();
     assert_eq!(host_routes::remove_all_blocking().expect("netlink"), 0);
 }
 
