@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use lab::client::Connection;
-use lab::trial::{Trial, eventually, settings};
+use lab::trial::{Trial, eventually, say, settings};
 use lab::{Family, Options, Site, plan, rows};
 
 #[test]
@@ -85,6 +85,7 @@ fn every_path(workers: u32, options: &Options, wanted: impl Fn(&str) -> bool) {
     for row in rows::all().iter().filter(|row| wanted(&row.name)) {
         let outcome = row.run(trial.lab());
         if !outcome.is_right() {
+            say(&format!("wrong: {}", outcome.name));
             wrong.push(format!("{}: {}", outcome.name, outcome.faults.join("; ")));
         }
     }

@@ -352,8 +352,8 @@ fn take_turn() -> Result<File> {
     Ok(file)
 }
 
-/// Past the capture of the test harness.
-fn say(text: &str) {
+/// Prints a line past the capture of the test harness.
+pub fn say(text: &str) {
     // Nobody reads it: nothing is lost.
     drop(writeln!(std::io::stderr().lock(), "{text}"));
 }
