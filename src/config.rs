@@ -43,7 +43,9 @@ pub(crate) struct Config {
     pub(crate) masquerade_bit: u8,
     /// Scheduler of Services that name none.
     pub(crate) scheduler: String,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) sync_period: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) min_sync_period: Duration,
     pub(crate) admin_address: SocketAddr,
     /// Where `/healthz` and `/livez` answer besides; in file mode only if configured.
@@ -85,8 +87,10 @@ pub(crate) struct Engine {
     pub(crate) xdp: XdpMode,
     pub(crate) scope: Scope,
     /// How old the heartbeat may be before the programs let packets pass.
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) grace: Duration,
     /// How long packets of known flows are held back from the mirror after that.
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) hold: Duration,
     /// Bit of the packet mark that carries a packet past our own hooks.
     pub(crate) mark_bit: u8,
@@ -98,6 +102,7 @@ pub(crate) struct Engine {
     /// Whether an echo request to a frontend's address is answered.
     pub(crate) ping_vip: bool,
     /// How long an idle worker polls before it blocks.
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) spin: Duration,
     /// Flows over all workers.
     pub(crate) flows: u32,
@@ -138,19 +143,30 @@ pub(crate) enum Scope {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Timeouts {
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_syn: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_syn_received: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_established: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_fin: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_close_wait: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_last_ack: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_time_wait: Duration,
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) tcp_close: Duration,
     /// UDP that has seen packets one way only.
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) udp: Duration,
     /// UDP that was answered.
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) udp_stream: Duration,
     /// Any other protocol.
+    #[serde(serialize_with = "value::as_seconds")]
     pub(crate) other: Duration,
 }
 

@@ -4,7 +4,8 @@
 //! One JSON object a line in `journal` of the state folder, each synced before the change. Undoing
 //! walks backwards; every undo must be idempotent, since a crash may have come before the change,
 //! and again before its undo was noted. It knows how to write down, not how to undo: the caller
-//! brings that, except for sysctls, which are plain files.
+//! brings that, except for sysctls, which are plain files. Routes into the host port are not written
+//! down: they go with the device.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -25,8 +26,6 @@ pub(crate) enum Change {
     },
     /// A network device was made.
     Device { name: String },
-    /// Routes with this protocol number are ours.
-    Routes { protocol: u8 },
     /// Programs were attached to a device.
     Programs { device: String },
 }
@@ -138,7 +137,6 @@ impl fmt::Display for Change {
         match self {
             Self::Sysctl { name, before, .. } => write!(out, "sysctl {name}: back to {before:?}"),
             Self::Device { name } => write!(out, "device {name}"),
-            Self::Routes { protocol } => write!(out, "routes of protocol {protocol}"),
             Self::Programs { device } => write!(out, "programs at {device}"),
         }
     }
@@ -203,12 +201,18 @@ mod tests {
         }
     }
 
+    fn programs(device: &str) -> Change {
+        Change::Programs {
+            device: device.to_owned(),
+        }
+    }
+
     #[test]
     fn changes_survive_the_process_and_are_undone_backwards() {
         let folder = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(folder.path()).unwrap();
         journal.record(device("a")).unwrap();
-        journal.record(Change::Routes { protocol: 200 }).unwrap();
+        journal.record(programs("eth0")).unwrap();
         drop(journal);
 
         let mut journal = Journal::open(folder.path()).unwrap();
@@ -218,7 +222,7 @@ mod tests {
             Ok(())
         });
         assert!(failures.unwrap().is_empty());
-        assert_eq!(undone, [Change::Routes { protocol: 200 }, device("a")]);
+        assert_eq!(undone, [programs("eth0"), device("a")]);
         assert!(Journal::open(folder.path()).unwrap().changes().is_empty());
     }
 

@@ -25,8 +25,6 @@ pub(crate) fn change(change: &Change) -> Result<(), String> {
                 .map(drop)
                 .map_err(|e| e.to_string())
         }
-        // They lead into the host port and go with it.
-        Change::Routes { .. } => Ok(()),
         Change::Programs { .. } => programs(false).map(drop),
     }
 }

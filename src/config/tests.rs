@@ -487,3 +487,13 @@ fn every_key_is_documented() {
     documented.sort_unstable();
     assert_eq!(documented, known);
 }
+
+#[test]
+fn configz_shows_durations_as_the_file_spells_them() {
+    let shown = serde_json::to_value(load("", &[]).unwrap()).unwrap();
+    assert_eq!(shown["engine"]["grace"], "0.2s");
+    assert_eq!(shown["engine"]["timeouts"]["tcpEstablished"], "86400s");
+    assert_eq!(shown["minSyncPeriod"], "1s");
+    let again = value::duration(&shown["engine"]["spin"]);
+    assert_eq!(again, Ok(Duration::from_micros(50)));
+}

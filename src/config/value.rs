@@ -125,6 +125,14 @@ pub(crate) fn duration(value: &Value) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|_| reason())
 }
 
+/// Writes a duration as the file spells it, in seconds: `0.2s`.
+pub(super) fn as_seconds<S: Serializer>(
+    duration: &Duration,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{}s", duration.as_secs_f64()))
+}
+
 /// A number of milliseconds within `range`.
 pub(crate) fn milliseconds(
     range: RangeInclusive<u32>,
