@@ -91,7 +91,12 @@ fn syntax_fault(error: &serde_saphyr::Error) -> Fault {
         .location()
         .and_then(|location| u32::try_from(location.line()).ok());
     let text = error.without_snippet().to_string();
-    let reason = text.lines().next().unwrap_or_default().trim().to_owned();
+    let first = text.lines().next().unwrap_or_default();
+    // The line is said before, by everything that can be wrong with a file.
+    let reason = first
+        .rsplit_once(" at line ")
+        .map_or(first, |(reason, _)| reason);
+    let reason = reason.trim().to_owned();
     Fault { line, reason }
 }
 
@@ -477,7 +482,10 @@ status: {capacity: {cpu: 4, memory: 16Gi}, allocatable: {cpu: 1.5}}
     #[test]
     fn text_that_is_no_yaml_says_the_line() {
         let fault = read("apiVersion: v1\nkind: [Service\nmetadata: {}\n").expect_err("broken");
-        assert!(fault.to_string().starts_with("line "), "{fault}");
+        assert_eq!(
+            fault.to_string(),
+            "line 3: illegal placement of ':' indicator"
+        );
         let fault = read("{\"kind\": \"Service\",\n\"a\": }}\n").expect_err("broken");
         assert!(fault.to_string().starts_with("line 2"), "{fault}");
     }
