@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use lab::client::Connection;
 use lab::trial::{Trial, eventually, say, settings};
-use lab::{Family, Options, Site, plan, rows};
+use lab::{Family, Options, Site, plan, proof, rows};
 
 #[test]
 fn every_path_works_with_one_worker_and_one_queue() {
@@ -126,5 +126,22 @@ fn every_worker_holds_flows(trial: &Trial) {
         }
         Ok(())
     });
+    let tuples = proof::tuples(trial.lab(), Site::N1).expect("the steering map can be read");
+    assert!(
+        tuples >= 2 * 64,
+        "{tuples} tuples for 64 flows, both directions of each"
+    );
+    let flows = trial.ask(Site::N1, "flows");
+    let flows = flows["flows"].as_array().expect("flows lists flows");
+    let own = |flow: &&serde_json::Value| flow["original"]["dst"] == target.to_string();
+    let shown = flows
+        .iter()
+        .filter(own)
+        .filter(|flow| flow["reply"]["src"].is_string())
+        .count();
+    assert!(
+        shown >= 64,
+        "{shown} of 64 flows are shown with both tuples"
+    );
     drop(connections);
 }

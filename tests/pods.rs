@@ -8,7 +8,7 @@ use lab::client::{Asking, ask};
 use lab::manifests::{service_file, write_service_with};
 use lab::plan::{self, Attachment, Pod, Protocol, Service};
 use lab::trial::{Trial, ensure_all_right, eventually, settings};
-use lab::{Family, Namespace, Options, Site};
+use lab::{Family, Namespace, Options, Site, proof};
 
 const LATE: Pod = Pod {
     name: "late",
@@ -51,6 +51,7 @@ fn a_pod_made_after_the_start_is_served_within_a_second_and_leaves_nothing_when_
         return;
     };
     let lab = trial.lab();
+    let before = proof::devices(lab, Site::N1).unwrap();
     let late = lab.add_pod(&LATE).unwrap();
     let backends = [IpAddr::V4(LATE.v4), IpAddr::V6(LATE.v6)].map(|ip| ("late", "n1", ip));
     write_service_with(&trial.manifests(), &late_service(), &backends).unwrap();
@@ -66,6 +67,10 @@ fn a_pod_made_after_the_start_is_served_within_a_second_and_leaves_nothing_when_
             ask_a_few(late.namespace(), late_service().at_cluster_ip(family))
         });
     }
+    assert_eq!(
+        proof::devices(lab, Site::N1).unwrap().len(),
+        before.len() + 1
+    );
     late.remove().unwrap();
     std::fs::remove_file(service_file(&trial.manifests(), &late_service())).unwrap();
     eventually(Duration::from_secs(20), || {
@@ -77,5 +82,6 @@ fn a_pod_made_after_the_start_is_served_within_a_second_and_leaves_nothing_when_
         ensure!(left.count() == 0, "flows of the deleted pod are left");
         Ok(())
     });
+    assert_eq!(proof::devices(lab, Site::N1).unwrap(), before);
     trial.finish();
 }

@@ -43,7 +43,7 @@ struct Arguments {
 enum Command {
     /// Send packets; prints what was sent as JSON
     Send(Sending),
-    /// Count packets until none came for a while; prints what was seen as JSON
+    /// Count packets until none came for a while; prints a line when it listens, and what was seen as JSON
     Sink(Sinking),
 }
 
@@ -307,6 +307,8 @@ fn sink(sinking: &Sinking) -> Result<serde_json::Value> {
     let first = Duration::from_secs_f64(sinking.first_seconds);
     let idle = Duration::from_secs_f64(sinking.idle_seconds);
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(first))?;
+    // Who starts a generator waits for this line.
+    writeln!(stdout(), "ready")?;
     let mut counts = Counts::default();
     let mut span: Option<(Instant, Instant)> = None;
     let mut buffer = vec![0; 2048];

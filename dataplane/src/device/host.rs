@@ -273,11 +273,14 @@ impl Device for HostPort {
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        match &self.io {
-            Io::Uring(uring) => Some(uring.descriptor()),
-            // The queue of a device that is gone is always readable.
-            Io::ReadWrite(plain) => plain.failure.is_none().then(|| self.queue.as_fd()),
-        }
+        // The queue, not the ring: with deferred task work nothing wakes who polls the ring, and a packet
+        // stays in the queue until this thread enters the kernel to read it. The queue of a device that
+        // is gone is always readable.
+        let is_failed = match &self.io {
+            Io::Uring(uring) => uring.failure().is_some(),
+            Io::ReadWrite(plain) => plain.failure.is_some(),
+        };
+        (!is_failed).then(|| self.queue.as_fd())
     }
 }
 

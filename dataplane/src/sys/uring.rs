@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use io_uring::types::{CancelBuilder, Fixed};
@@ -146,7 +146,7 @@ impl Uring {
         self.drain();
     }
 
-    /// Whether a packet waits. Afterwards the descriptor tells of the next one.
+    /// Whether a packet waits. Afterwards the queue's own descriptor tells of the next one.
     pub(crate) fn is_readable(&mut self) -> bool {
         self.flush();
         !self.arrived.is_empty()
@@ -170,13 +170,6 @@ impl Uring {
     /// What the completions said.
     pub(crate) const fn counts(&self) -> Counts {
         self.counts
-    }
-
-    /// The ring, readable when something completes.
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        let descriptor = self.ring.as_raw_fd();
-        // SAFETY: the ring keeps it open, and `self` is borrowed as long as the result.
-        unsafe { BorrowedFd::borrow_raw(descriptor) }
     }
 
     fn offer(&mut self) {

@@ -1,14 +1,17 @@
 //! `lab demo` and `lab check`: lay out, serve, send the traffic of every row, print the table, count what is right.
 
 use std::io::Write as _;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{Table, presets};
 
-use crate::plan::Site;
+use crate::namespace::Namespace;
+use crate::plan::{Family, POD_PORT, PODS, Site};
 use crate::proof::{self, Proof};
 use crate::rows::{self, Outcome};
 use crate::sluice::{self, Settings, Sluice};
@@ -196,11 +199,27 @@ fn keep(lab: Lab, out: &mut dyn std::io::Write) -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .context("start the servers again")?;
+    await_last_server(&name)?;
     writeln!(out, "the lab is up; its files are in {}", dir.display())?;
     for site in Site::all() {
         writeln!(out, "  ip netns exec {name}-{} bash", site.name())?;
     }
     writeln!(out, "take it down: {} down {name}", own.display())?;
+    Ok(())
+}
+
+/// Servers start in the order of the plan: when the last one answers, all do.
+fn await_last_server(name: &str) -> Result<()> {
+    let last = PODS[PODS.len() - 1];
+    let inside = Namespace::open(&format!("{name}-{}", last.name))?;
+    let address = SocketAddr::new(last.address(Family::V6), POD_PORT);
+    let start = Instant::now();
+    while let Err(error) = inside.run(|| TcpStream::connect_timeout(&address, READY)) {
+        if start.elapsed() > READY {
+            return Err(error).context("the servers do not answer");
+        }
+        sleep(Duration::from_millis(20));
+    }
     Ok(())
 }
 

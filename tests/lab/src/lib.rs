@@ -5,12 +5,13 @@
 //! [`client`]s count what came back, by whom it was answered and which source address the pod saw. [`manifests`] writes
 //! the cluster as files, [`sluice`] runs the binary on the nodes, [`kernel`] serves the same Services by nftables
 //! instead: the lab's own rows are proven with it. [`rows`] is the list of paths, [`proof`] asks the kernel and the
-//! engine who did the work.
+//! engine who did the work. [`trial`] is what the end-to-end tests start with, [`residue`] what they compare a node by.
 //!
 //! Rule to keep: the lab knows nothing of sluice but its command line, its JSON and its files.
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod client;
 pub mod demo;
 pub mod exchange;

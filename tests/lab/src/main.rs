@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lab::bench::{self, Bench};
 use lab::demo::{self, Dataplane, Report, Run};
 use lab::sluice::Settings;
 use lab::{Lab, Options, reaper, rows, topology};
@@ -27,6 +28,8 @@ enum Command {
     Demo(TableArguments),
     /// Run every row; fails when one that rows.txt lists is wrong
     Check(TableArguments),
+    /// Measure sluice against kernel nftables NAT and print the ratios
+    Bench(BenchArguments),
     /// Serve in the namespaces of a lab that was kept
     #[command(hide = true)]
     Serve { name: String },
@@ -54,9 +57,34 @@ struct TableArguments {
     /// Let every end that sends compute its checksums itself
     #[arg(long)]
     tx_off: bool,
+    /// A line for the block `sluice.engine`, as "graceMs: 100"
+    #[arg(long, value_name = "KEY: VALUE")]
+    engine: Vec<String>,
     /// Leave the lab up and say how to enter it (also: KEEP=1)
     #[arg(long)]
     keep: bool,
+}
+
+#[derive(Debug, Args)]
+struct BenchArguments {
+    /// The binary; default: SLUICE_BIN, or the one beside this program
+    #[arg(long)]
+    sluice: Option<PathBuf>,
+    /// Workers of each engine
+    #[arg(long)]
+    workers: Option<u32>,
+    /// Queues of each device on the wire
+    #[arg(long, default_value_t = 2)]
+    queues: u32,
+    /// Let every end that sends compute its checksums itself
+    #[arg(long)]
+    tx_off: bool,
+    /// How often each side is measured
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// How long each measurement takes
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -81,6 +109,7 @@ fn run(arguments: Arguments) -> Result<bool> {
     match arguments.command {
         Command::Demo(table) => finish(&demo::run(&table.into_run(), &mut stdout())?),
         Command::Check(table) => check(&demo::run(&table.into_run(), &mut stdout())?),
+        Command::Bench(bench) => bench::run(&bench.into_bench(), &mut stdout()).map(|()| true),
         Command::Serve { name } => Lab::serve_kept(&name).map(|()| true),
         Command::Down { name } => reaper::remove(&name, &topology::folder(&name)).map(|()| true),
     }
@@ -109,10 +138,27 @@ fn check(report: &Report) -> Result<bool> {
     Ok(!turned_wrong)
 }
 
+impl BenchArguments {
+    fn into_bench(self) -> Bench {
+        let mut settings = Settings::new(self.sluice.unwrap_or_else(demo::default_binary));
+        settings.workers = self.workers;
+        Bench {
+            options: Options {
+                queues: self.queues,
+                tx_off: self.tx_off,
+            },
+            settings,
+            rounds: self.rounds.max(1),
+            seconds: self.seconds,
+        }
+    }
+}
+
 impl TableArguments {
     fn into_run(self) -> Run {
         let mut settings = Settings::new(self.sluice.unwrap_or_else(demo::default_binary));
         settings.workers = self.workers;
+        settings.engine = self.engine;
         Run {
             options: Options {
                 queues: self.queues,

@@ -5,12 +5,15 @@
 //!
 //! Rule to keep: a check that could not be made is wrong, never right.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::{Array, HashMap, Map, MapData, MapInfo};
+
 use serde_json::Value;
 
 use crate::plan::{Family, Site, load_balancer, node_addresses, services};
@@ -190,20 +193,73 @@ pub fn sums(lab: &Lab, node: Site, binary: &Path) -> Result<String> {
     }
 }
 
-/// All flows end when their time-outs have passed.
+/// When the time-outs have passed there is no flow left, no backend with connections, and no tuple in the map that the
+/// steering programs read.
 pub fn flows_end(lab: &Lab, node: Site, binary: &Path) -> Result<String> {
     let start = Instant::now();
     loop {
         let flows = sum(&status(lab, node, binary)?, "/workers", "flows")?;
-        if flows == 0 {
+        let connections = connections(&ask_json(lab, node, binary, &["services"])?)?;
+        let tuples = tuples(lab, node)?;
+        if (flows, connections, tuples) == (0, 0, 0) {
             return Ok(format!("after {:.0} s", start.elapsed().as_secs_f32()));
         }
         ensure!(
             start.elapsed() < FLOWS_END,
-            "{flows} flows left after {FLOWS_END:?}"
+            "after {FLOWS_END:?}: {flows} flows, {connections} connections, {tuples} tuples"
         );
         sleep(POLL);
     }
+}
+
+/// Connections that `services` counts at backends.
+fn connections(services: &Value) -> Result<u64> {
+    let mut count = 0;
+    for service in list(services, "/services")? {
+        for state in list(service, "/backendStates")? {
+            count += number(state, "active")? + number(state, "inactive")?;
+        }
+    }
+    Ok(count)
+}
+
+/// Fingerprints in the map that the steering programs read.
+pub fn tuples(lab: &Lab, node: Site) -> Result<u64> {
+    let buckets = Array::<_, [u64; 8]>::try_from(Map::Array(steering_map(lab, node, "tuples")?))?;
+    let mut count = 0;
+    for bucket in buckets.iter() {
+        count += bucket?
+            .iter()
+            .filter(|fingerprint| **fingerprint != 0)
+            .count() as u64;
+    }
+    Ok(count)
+}
+
+/// Numbers of the devices that the steering programs know.
+pub fn devices(lab: &Lab, node: Site) -> Result<BTreeSet<u32>> {
+    let map = Map::HashMap(steering_map(lab, node, "devices")?);
+    let devices = HashMap::<_, u32, [u8; 12]>::try_from(map)?;
+    devices.keys().map(|key| Ok(key?)).collect()
+}
+
+/// A map of the program that the uplink runs.
+fn steering_map(lab: &Lab, node: Site, name: &str) -> Result<MapData> {
+    let text = lab
+        .at(node)
+        .output("ip", &["-d", "-j", "link", "show", "dev", UPLINK])?;
+    let links: Value = serde_json::from_str(&text)?;
+    let id = links[0].pointer("/xdp/prog/id").and_then(Value::as_u64);
+    let id = id.with_context(|| format!("{UPLINK} runs no XDP program"))?;
+    let mut programs = aya::programs::loaded_programs().filter_map(Result::ok);
+    let program = programs.find(|program| u64::from(program.id()) == id);
+    let program = program.context("the uplink's program is not loaded")?;
+    for map in program.map_ids()?.context("a program without maps")? {
+        if MapInfo::from_id(map)?.name_as_str() == Some(name) {
+            return Ok(MapData::from_id(map)?);
+        }
+    }
+    bail!("the uplink's program has no map {name:?}")
 }
 
 fn on_both(check: &dyn Fn(Site) -> Result<String>) -> std::result::Result<String, String> {

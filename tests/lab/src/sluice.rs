@@ -88,6 +88,7 @@ impl Sluice {
             .stdin(std::process::Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);
+        lab.count(node);
         let child = command
             .spawn()
             .with_context(|| format!("start {command:?}"))?;

@@ -137,6 +137,11 @@ impl Lab {
         Ok(ExtraPod { servers, namespace })
     }
 
+    /// Stops the servers: who measures brings its own.
+    pub fn stop_servers(&mut self) {
+        self.servers = Servers::default();
+    }
+
     /// Stops the servers and leaves everything else up.
     pub fn keep(self) -> Result<()> {
         drop(self.servers);

@@ -1,7 +1,8 @@
 //! One end-to-end test: a lab with engines in it, and the promises that every test ends with.
 //!
 //! A test that needs root is skipped with a visible line where it has none; with `REQUIRE_PRIVILEGED=1` that is a failure.
-//! When a test panics, the trial prints what the nodes say, their logs and how to enter them; with `KEEP=1` the lab stays.
+//! When a test panics, the trial prints what the nodes say, their logs and how to enter them; with `KEEP=1` the lab stays,
+//! with `PCAP=1` a capture of all devices but the uplinks' AF_XDP stays (no socket sees what XDP takes away).
 //!
 //! Rule to keep: trials take turns. Two cores cannot hold two labs and still say something about time.
 
@@ -11,6 +12,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, sleep};
@@ -34,6 +36,7 @@ pub struct Trial {
     nodes: BTreeMap<Site, Sluice>,
     before: BTreeMap<Site, NodeState>,
     settings: Settings,
+    captures: Vec<(Child, PathBuf)>,
     lab: Option<Lab>,
     _turn: File,
 }
@@ -64,7 +67,7 @@ impl Trial {
     pub fn lay_out(options: &Options, settings: Settings) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             assert!(
-                std::env::var_os("REQUIRE_PRIVILEGED").is_none_or(|value| value != "1"),
+                !is_set("REQUIRE_PRIVILEGED"),
                 "REQUIRE_PRIVILEGED=1, but the test does not run as root"
             );
             say("SKIPPED: network namespaces need root");
@@ -84,6 +87,7 @@ impl Trial {
             nodes: BTreeMap::new(),
             before,
             settings,
+            captures: Vec::new(),
             lab: Some(lab),
             _turn: turn,
         })
@@ -101,6 +105,9 @@ impl Trial {
     pub fn start_node(&mut self, node: Site) {
         let started = Sluice::start(self.lab(), node, &self.settings);
         self.nodes.insert(node, started.expect("sluice starts"));
+        if is_set("PCAP") {
+            self.capture(node);
+        }
     }
 
     /// Waits until sluice on a node is ready, at most for the three seconds it may take.
@@ -176,6 +183,20 @@ impl Trial {
         }
     }
 
+    fn capture(&mut self, node: Site) {
+        let name = format!("{}-{}.pcap", self.lab().name(), node.name());
+        let path = std::env::temp_dir().join(name);
+        let mut tcpdump = self.lab().at(node).command("tcpdump");
+        tcpdump
+            .args(["-i", "any", "-U", "-Z", "root", "-s", "200", "-w"])
+            .arg(&path);
+        let tcpdump = tcpdump
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("tcpdump starts");
+        self.captures.push((tcpdump, path));
+    }
+
     fn running(&self) -> Vec<Site> {
         self.nodes.keys().copied().collect()
     }
@@ -212,11 +233,21 @@ impl Trial {
 
 impl Drop for Trial {
     fn drop(&mut self) {
+        for (mut tcpdump, path) in self.captures.drain(..) {
+            // It may have ended by itself; then there is nothing to kill.
+            drop(tcpdump.kill());
+            drop(tcpdump.wait());
+            if std::thread::panicking() {
+                say(&format!("captured: {}", path.display()));
+            } else if let Err(error) = std::fs::remove_file(&path) {
+                say(&format!("{}: {error}", path.display()));
+            }
+        }
         if !std::thread::panicking() {
             return;
         }
         say(&self.describe());
-        if std::env::var_os("KEEP").is_some_and(|value| value == "1") {
+        if is_set("KEEP") {
             for (_, node) in std::mem::take(&mut self.nodes) {
                 node.leave();
             }
@@ -343,6 +374,11 @@ pub fn ensure_all_right(tally: &Tally) -> Result<()> {
         bail!("{answered} of {requests} answered, {wrong} wrong: {failure:?}");
     }
     Ok(())
+}
+
+/// Whether an environment variable says `1`.
+fn is_set(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| value == "1")
 }
 
 /// One lab at a time, over all test processes of the machine.
