@@ -66,7 +66,13 @@ impl Api {
             Identity::Administrator => (with_certificate(builder, authority)?, None),
             Identity::Token(token) => (builder.with_no_client_auth(), Some(token)),
         };
-        Ok(Self { namespace, server, tls: Arc::new(tls), token, stream: None })
+        Ok(Self {
+            namespace,
+            server,
+            tls: Arc::new(tls),
+            token,
+            stream: None,
+        })
     }
 
     /// Sends a request and gives back whatever was answered.
@@ -76,7 +82,10 @@ impl Api {
             _ => "application/json",
         };
         let text = body.map(Value::to_string).unwrap_or_default();
-        let token = self.token.iter().map(|token| format!("Authorization: Bearer {token}\r\n"));
+        let token = self
+            .token
+            .iter()
+            .map(|token| format!("Authorization: Bearer {token}\r\n"));
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: {}\r\nAccept: application/json\r\n{}Content-Type: {kind}\r\n\
              Content-Length: {}\r\n\r\n{text}",

@@ -45,23 +45,42 @@ impl Authority {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-        params.distinguished_name.push(DnType::CommonName, "sluice test authority");
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "sluice test authority");
         write(&authority.certificate, &params.self_signed(&key)?.pem())?;
         let issuer = Issuer::new(params, key);
 
         let mut names: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         names.extend(["localhost".to_owned(), "kubernetes.default.svc".to_owned()]);
         let mut server = CertificateParams::new(names)?;
-        server.distinguished_name.push(DnType::CommonName, "kube-apiserver");
+        server
+            .distinguished_name
+            .push(DnType::CommonName, "kube-apiserver");
         server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        authority.sign(&server, &issuer, &authority.server_certificate, &authority.server_key)?;
+        authority.sign(
+            &server,
+            &issuer,
+            &authority.server_certificate,
+            &authority.server_key,
+        )?;
 
         let mut client = CertificateParams::new(Vec::new())?;
         client.distinguished_name.push(DnType::CommonName, "admin");
-        client.distinguished_name.push(DnType::OrganizationName, "system:masters");
+        client
+            .distinguished_name
+            .push(DnType::OrganizationName, "system:masters");
         client.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        authority.sign(&client, &issuer, &authority.client_certificate, &authority.client_key)?;
+        authority.sign(
+            &client,
+            &issuer,
+            &authority.client_certificate,
+            &authority.client_key,
+        )?;
 
         let accounts = KeyPair::generate()?;
         write(&authority.account_key, &accounts.serialize_pem())?;

@@ -40,7 +40,10 @@ pub struct ControlPlane {
 impl ControlPlane {
     /// Starts it; the API server is ready when this returns.
     pub fn start(programs: &Programs) -> Result<Self> {
-        ensure!(rustix::process::geteuid().is_root(), "the cluster needs root");
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "the cluster needs root"
+        );
         let name = format!("slc{}", std::process::id());
         let dir = std::env::temp_dir().join(&name);
         let reaper = Reaper::start(&name, &dir)?;
@@ -71,12 +74,21 @@ impl ControlPlane {
         self.server = Some(self.spawn_server()?);
         let mut client = self.client(Identity::Administrator)?;
         loop {
-            if client.send("GET", "/readyz", None).is_ok_and(|answer| answer.status == 200) {
+            if client
+                .send("GET", "/readyz", None)
+                .is_ok_and(|answer| answer.status == 200)
+            {
                 return Ok(start.elapsed());
             }
-            let server = self.server.as_mut().context("the server was just started")?;
+            let server = self
+                .server
+                .as_mut()
+                .context("the server was just started")?;
             if let Some(status) = server.try_wait()? {
-                bail!("kube-apiserver ended: {status}\n{}", tail(&self.dir.join("apiserver.log")));
+                bail!(
+                    "kube-apiserver ended: {status}\n{}",
+                    tail(&self.dir.join("apiserver.log"))
+                );
             }
             ensure!(
                 start.elapsed() < PATIENCE,
@@ -140,16 +152,38 @@ impl ControlPlane {
             .arg(format!("--advertise-address={}", SERVER.ip()))
             .arg(format!("--secure-port={}", SERVER.port()))
             .arg("--service-cluster-ip-range=10.96.0.0/12,fd00:96::/108")
-            .arg(format!("--tls-cert-file={}", file(&authority.server_certificate)))
-            .arg(format!("--tls-private-key-file={}", file(&authority.server_key)))
+            .arg(format!(
+                "--tls-cert-file={}",
+                file(&authority.server_certificate)
+            ))
+            .arg(format!(
+                "--tls-private-key-file={}",
+                file(&authority.server_key)
+            ))
             .arg(format!("--client-ca-file={}", file(&authority.certificate)))
             .arg(format!("--cert-dir={}", file(&self.dir)))
             .arg("--service-account-issuer=https://kubernetes.default.svc")
-            .arg(format!("--service-account-key-file={}", file(&authority.account_public_key)))
-            .arg(format!("--service-account-signing-key-file={}", file(&authority.account_key)))
-            .arg(format!("--token-auth-file={}", file(&self.dir.join("tokens.csv"))))
-            .args(["--authorization-mode=RBAC", "--disable-admission-plugins=ServiceAccount"])
-            .args(["--anonymous-auth=false", "--profiling=false", "--enable-priority-and-fairness=false"]);
+            .arg(format!(
+                "--service-account-key-file={}",
+                file(&authority.account_public_key)
+            ))
+            .arg(format!(
+                "--service-account-signing-key-file={}",
+                file(&authority.account_key)
+            ))
+            .arg(format!(
+                "--token-auth-file={}",
+                file(&self.dir.join("tokens.csv"))
+            ))
+            .args([
+                "--authorization-mode=RBAC",
+                "--disable-admission-plugins=ServiceAccount",
+            ])
+            .args([
+                "--anonymous-auth=false",
+                "--profiling=false",
+                "--enable-priority-and-fairness=false",
+            ]);
         log_to(&mut command, &self.dir.join("apiserver.log"))?;
         command.spawn().context("start kube-apiserver")
     }
@@ -168,7 +202,10 @@ impl Drop for ControlPlane {
 /// Sends a command's output to a file and closes its input.
 pub fn log_to(command: &mut Command, path: &Path) -> Result<()> {
     let log = File::options().create(true).append(true).open(path)?;
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
     Ok(())
 }
 
@@ -186,8 +223,15 @@ fn start_store(etcd: &Path, space: &Namespace, dir: &Path) -> Result<Child> {
         .arg(format!("--data-dir={}", dir.join("etcd").display()))
         .arg(format!("--listen-client-urls=http://{STORE}"))
         .arg(format!("--advertise-client-urls=http://{STORE}"))
-        .args(["--listen-peer-urls=http://127.0.0.1:2380", "--initial-advertise-peer-urls=http://127.0.0.1:2380"])
-        .args(["--initial-cluster=default=http://127.0.0.1:2380", "--unsafe-no-fsync", "--log-level=error"]);
+        .args([
+            "--listen-peer-urls=http://127.0.0.1:2380",
+            "--initial-advertise-peer-urls=http://127.0.0.1:2380",
+        ])
+        .args([
+            "--initial-cluster=default=http://127.0.0.1:2380",
+            "--unsafe-no-fsync",
+            "--log-level=error",
+        ]);
     log_to(&mut command, &dir.join("etcd.log"))?;
     command.spawn().context("start etcd")
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::api::Identity;
+use crate::api::{Api, Identity};
 use crate::control_plane::ControlPlane;
 use crate::report::Report;
 
@@ -22,24 +22,33 @@ pub fn run(plane: &ControlPlane, root: &Path, report: &mut Report) -> Result<Str
         let kind = object["kind"].as_str().context("an object has a kind")?;
         let path = format!("{}?fieldValidation=Strict", collection(kind)?);
         let outcome = admin.create(&path, object).map(drop);
-        report.check(&format!("deploy/manifests.yaml: {kind} is applied"), outcome);
+        report.check(
+            &format!("deploy/manifests.yaml: {kind} is applied"),
+            outcome,
+        );
     }
-    let request = json!({
-        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200},
-    });
-    let path = "/api/v1/namespaces/kube-system/serviceaccounts/sluice/token";
-    let granted = admin.create(path, &request)?;
-    let token = granted["status"]["token"].as_str().context("a token")?.to_owned();
-    report.check("its ServiceAccount may do what sluice does and nothing more", permissions(plane, &token));
-    report.check("its ServiceAccount is refused what it must not do", refusals(plane, &token));
+    let token = account_token(&mut admin, "sluice")?;
+    report.check(
+        "its ServiceAccount may do what sluice does and nothing more",
+        permissions(plane, &token),
+    );
+    report.check(
+        "its ServiceAccount is refused what it must not do",
+        refusals(plane, &token),
+    );
     Ok(token)
 }
 
 /// The text of a key of the ConfigMap.
 pub fn config_map(root: &Path, key: &str) -> Result<String> {
     let objects = read(root)?;
-    let map = objects.iter().find(|object| object["kind"] == "ConfigMap").context("a ConfigMap")?;
-    let text = map["data"][key].as_str().with_context(|| format!("no key {key}"))?;
+    let map = objects
+        .iter()
+        .find(|object| object["kind"] == "ConfigMap")
+        .context("a ConfigMap")?;
+    let text = map["data"][key]
+        .as_str()
+        .with_context(|| format!("no key {key}"))?;
     Ok(text.to_owned())
 }
 
@@ -50,33 +59,67 @@ fn read(root: &Path) -> Result<Vec<Value>> {
 }
 
 fn permissions(plane: &ControlPlane, token: &str) -> Result<()> {
+    let mut admin = plane.client(Identity::Administrator)?;
+    let nobody = json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": "kube-system"},
+    });
+    admin.create(collection("ServiceAccount")?, &nobody)?;
+    let everybodys = granted(plane, &account_token(&mut admin, "nobody")?)?;
+    let found: BTreeSet<String> = granted(plane, token)?
+        .difference(&everybodys)
+        .cloned()
+        .collect();
+    let wanted: BTreeSet<String> = PERMISSIONS.iter().map(ToString::to_string).collect();
+    let surplus: Vec<_> = found.difference(&wanted).collect();
+    let lacking: Vec<_> = wanted.difference(&found).collect();
+    ensure!(
+        surplus.is_empty() && lacking.is_empty(),
+        "too many: {surplus:?}, too few: {lacking:?}"
+    );
+    Ok(())
+}
+
+fn account_token(admin: &mut Api, account: &str) -> Result<String> {
+    let request = json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200},
+    });
+    let path = format!("/api/v1/namespaces/kube-system/serviceaccounts/{account}/token");
+    let answer = admin.create(&path, &request)?;
+    let token = answer["status"]["token"].as_str().context("a token")?;
+    Ok(token.to_owned())
+}
+
+/// What the API server says that the bearer of a token may do.
+fn granted(plane: &ControlPlane, token: &str) -> Result<BTreeSet<String>> {
     let mut account = plane.client(Identity::Token(token.to_owned()))?;
     let review = json!({
         "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": "default"},
     });
-    let answer = account.create("/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", &review)?;
+    let answer = account.create(
+        "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews",
+        &review,
+    )?;
     let words = |list: &Value| -> Vec<String> {
         let list = list.as_array().into_iter().flatten();
-        list.filter_map(|word| word.as_str().map(str::to_owned)).collect()
+        list.filter_map(|word| word.as_str().map(str::to_owned))
+            .collect()
     };
     let mut found = BTreeSet::new();
-    for rule in answer["status"]["resourceRules"].as_array().context("rules")? {
+    for rule in answer["status"]["resourceRules"]
+        .as_array()
+        .context("rules")?
+    {
         for group in words(&rule["apiGroups"]) {
             for resource in words(&rule["resources"]) {
-                for verb in words(&rule["verbs"]) {
-                    // What every user may ask about itself.
-                    if !resource.starts_with("selfsubject") {
-                        found.insert(format!("{verb} {resource}.{group}"));
-                    }
-                }
+                found.extend(
+                    words(&rule["verbs"])
+                        .iter()
+                        .map(|verb| format!("{verb} {resource}.{group}")),
+                );
             }
         }
     }
-    let wanted: BTreeSet<String> = PERMISSIONS.iter().map(ToString::to_string).collect();
-    let surplus: Vec<_> = found.difference(&wanted).collect();
-    let lacking: Vec<_> = wanted.difference(&found).collect();
-    ensure!(surplus.is_empty() && lacking.is_empty(), "too many: {surplus:?}, too few: {lacking:?}");
-    Ok(())
+    Ok(found)
 }
 
 fn refusals(plane: &ControlPlane, token: &str) -> Result<()> {
@@ -87,13 +130,25 @@ fn refusals(plane: &ControlPlane, token: &str) -> Result<()> {
         ("GET", "/api/v1/nodes", 200),
         ("GET", "/api/v1/pods", 403),
         ("GET", "/api/v1/secrets", 403),
-        ("GET", "/api/v1/namespaces/kube-system/configmaps/sluice", 403),
-        ("DELETE", "/api/v1/namespaces/default/services/kubernetes", 403),
+        (
+            "GET",
+            "/api/v1/namespaces/kube-system/configmaps/sluice",
+            403,
+        ),
+        (
+            "DELETE",
+            "/api/v1/namespaces/default/services/kubernetes",
+            403,
+        ),
         ("PATCH", "/api/v1/nodes/n1", 403),
     ] {
         let body = (method == "PATCH").then(|| json!({"metadata": {"labels": {"x": "y"}}}));
         let answer = account.send(method, path, body.as_ref())?;
-        ensure!(answer.status == wanted, "{method} {path}: {} instead of {wanted}", answer.status);
+        ensure!(
+            answer.status == wanted,
+            "{method} {path}: {} instead of {wanted}",
+            answer.status
+        );
     }
     Ok(())
 }

@@ -40,11 +40,12 @@ pub fn cluster(seed: u64, number: u64) -> Cluster {
 }
 
 /// Every feature that a run must have seen, as it is noted.
-pub const FEATURES: [&str; 45] = [
+pub const FEATURES: [&str; 46] = [
     "headless",
     "ExternalName",
     "foreign service-proxy-name",
     "slices of a foreign proxy",
+    "slices with the headless label",
     "Service without selector",
     "IPv4",
     "IPv6",
@@ -234,10 +235,16 @@ impl Maker {
         let mut ports: Vec<Value> = Vec::new();
         let mut taken = BTreeSet::new();
         for at in 0..count {
-            let mut protocol = self.chance.pick(&["TCP", "TCP", "TCP", "UDP", "UDP", "SCTP"]);
+            let mut protocol = self
+                .chance
+                .pick(&["TCP", "TCP", "TCP", "UDP", "UDP", "SCTP"]);
             let mut number = 80 + at;
             if at == 1 && self.chance.percent(40) {
-                protocol = if ports[0]["protocol"] == "TCP" { "UDP" } else { "TCP" };
+                protocol = if ports[0]["protocol"] == "TCP" {
+                    "UDP"
+                } else {
+                    "TCP"
+                };
                 number = 80;
                 self.saw("one port number, two protocols");
             }
@@ -249,14 +256,19 @@ impl Maker {
                 "UDP" => "UDP",
                 _ => "SCTP",
             });
-            let name = if count == 1 && self.chance.percent(50) { String::new() } else { format!("p{at}") };
+            let name = if count == 1 && self.chance.percent(50) {
+                String::new()
+            } else {
+                format!("p{at}")
+            };
             let target = if self.chance.percent(30) {
                 self.saw("named target port");
                 json!("web")
             } else {
                 json!(8080 + at)
             };
-            let mut port = json!({"name": name, "protocol": protocol, "port": number, "targetPort": target});
+            let mut port =
+                json!({"name": name, "protocol": protocol, "port": number, "targetPort": target});
             if external {
                 port["nodePort"] = json!(self.take_node_port());
             }
@@ -275,7 +287,8 @@ impl Maker {
             service["spec"]["sessionAffinity"] = json!("ClientIP");
             if self.chance.percent(50) {
                 let seconds = 1 + self.chance.below(86400);
-                service["spec"]["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": seconds}});
+                service["spec"]["sessionAffinityConfig"] =
+                    json!({"clientIP": {"timeoutSeconds": seconds}});
                 self.saw("affinity, own time");
             } else {
                 self.saw("affinity, default time");
@@ -318,7 +331,11 @@ impl Maker {
                     "" => ingress.push(json!({"ip": ip})),
                     mode => ingress.push(json!({"ip": ip, "ipMode": mode})),
                 }
-                self.saw(if mode == "Proxy" { "LoadBalancer ipMode Proxy" } else { "LoadBalancer ipMode VIP" });
+                self.saw(if mode == "Proxy" {
+                    "LoadBalancer ipMode Proxy"
+                } else {
+                    "LoadBalancer ipMode VIP"
+                });
             }
         }
         service["status"] = json!({"loadBalancer": {"ingress": ingress}});
@@ -339,7 +356,14 @@ impl Maker {
         }
     }
 
-    fn endpoints(&mut self, service: &str, namespace: &str, families: &[&str], ports: &[Value], local: bool) {
+    fn endpoints(
+        &mut self,
+        service: &str,
+        namespace: &str,
+        families: &[&str],
+        ports: &[Value],
+        local: bool,
+    ) {
         let mood = match self.chance.below(100) {
             0..8 => Mood::NoSlice,
             8..12 => Mood::Empty,
@@ -358,18 +382,32 @@ impl Maker {
             return;
         }
         let hints = self.chance.below(100);
-        let foreign = self.chance.percent(5);
-        if foreign {
-            self.saw("slices of a foreign proxy");
+        let mark = match self.chance.below(100) {
+            0..5 => Some((PROXY_NAME, "slices of a foreign proxy")),
+            5..9 => Some((HEADLESS, "slices with the headless label")),
+            _ => None,
+        };
+        if let Some((_, feature)) = mark {
+            self.saw(feature);
         }
         let mut families: Vec<&str> = families.to_vec();
         if families.len() == 1 && self.chance.percent(15) {
-            families.push(if families[0] == "IPv4" { "IPv6" } else { "IPv4" });
+            families.push(if families[0] == "IPv4" {
+                "IPv6"
+            } else {
+                "IPv4"
+            });
             self.saw("slices of a family that the Service lacks");
         }
         for family in families {
-            let count = if mood == Mood::Empty { 0 } else { 1 + self.chance.below(5) };
-            let all: Vec<Value> = (0..count).map(|at| self.endpoint(family, mood, hints, at)).collect();
+            let count = if mood == Mood::Empty {
+                0
+            } else {
+                1 + self.chance.below(5)
+            };
+            let all: Vec<Value> = (0..count)
+                .map(|at| self.endpoint(family, mood, hints, at))
+                .collect();
             let mut parts = vec![all.clone()];
             if all.len() > 1 && self.chance.percent(30) {
                 let (first, rest) = all.split_at(all.len() / 2);
@@ -381,8 +419,8 @@ impl Maker {
             }
             for (at, endpoints) in parts.iter().enumerate() {
                 let mut labels = json!({LABEL: "yes", "kubernetes.io/service-name": service});
-                if foreign {
-                    labels[PROXY_NAME] = json!("another");
+                if let Some((label, _)) = mark {
+                    labels[label] = json!("another");
                 }
                 let ports: Vec<Value> = ports.iter().map(slice_port).collect();
                 self.cluster.slices.push(json!({
@@ -506,6 +544,24 @@ impl Maker {
     }
 }
 
+/// Services of which a slice is marked as another proxy's.
+#[must_use]
+pub fn foreign(cluster: &Cluster) -> BTreeSet<(String, String)> {
+    let marked = cluster
+        .slices
+        .iter()
+        .filter(|slice| !slice["metadata"]["labels"][PROXY_NAME].is_null());
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let owner = |slice: &Value| {
+        let metadata = &slice["metadata"];
+        (
+            word(&metadata["namespace"]),
+            word(&metadata["labels"]["kubernetes.io/service-name"]),
+        )
+    };
+    marked.map(owner).collect()
+}
+
 /// The last Service and slices of a cluster: when a proxy serves them, it has seen all the others. `addresses` are those
 /// of its only endpoint, one for each family.
 #[must_use]
@@ -523,23 +579,28 @@ pub fn sentinel(number: u64, port: u16) -> (Value, Vec<Value>, [String; 2]) {
             "ports": [{"name": "", "protocol": "TCP", "port": port}],
         },
     });
-    let slices = ["IPv4", "IPv6"].iter().zip(&addresses).map(|(family, address)| {
-        json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {
-                "name": format!("{name}-{}", family.to_lowercase()), "namespace": "default",
-                "labels": {LABEL: "yes", "kubernetes.io/service-name": name},
-            },
-            "addressType": family, "ports": [{"name": "", "protocol": "TCP", "port": port}],
-            "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
-        })
-    });
+    let slices = ["IPv4", "IPv6"]
+        .iter()
+        .zip(&addresses)
+        .map(|(family, address)| {
+            json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "metadata": {
+                    "name": format!("{name}-{}", family.to_lowercase()), "namespace": "default",
+                    "labels": {LABEL: "yes", "kubernetes.io/service-name": name},
+                },
+                "addressType": family, "ports": [{"name": "", "protocol": "TCP", "port": port}],
+                "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
+            })
+        });
     let slices = slices.collect();
     (service, slices, addresses)
 }
 
 fn slice_port(port: &Value) -> Value {
-    let number = port["targetPort"].as_u64().unwrap_or(9000 + port["port"].as_u64().unwrap_or(0) % 100);
+    let number = port["targetPort"]
+        .as_u64()
+        .unwrap_or_else(|| 9000 + port["port"].as_u64().unwrap_or(0) % 100);
     json!({"name": port["name"], "protocol": port["protocol"], "port": number})
 }
 
@@ -547,6 +608,7 @@ fn conditions(ready: bool, serving: bool, terminating: bool) -> Value {
     json!({"ready": ready, "serving": serving, "terminating": terminating})
 }
 
+const HEADLESS: &str = "service.kubernetes.io/headless";
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const SCHEDULER: &str = "sluice.dev/scheduler";
 
@@ -559,7 +621,10 @@ mod tests {
         assert_eq!(cluster(7, 3).services, cluster(7, 3).services);
         let all: Vec<Cluster> = (0..200).map(|number| cluster(1, number)).collect();
         for feature in FEATURES {
-            let seen = all.iter().filter(|cluster| cluster.features.contains(feature)).count();
+            let seen = all
+                .iter()
+                .filter(|cluster| cluster.features.contains(feature))
+                .count();
             assert!(seen >= 20, "{feature}: {seen} of 200");
         }
     }

@@ -100,7 +100,10 @@ enum Target {
     Return,
     Masquerade,
     /// mark = (mark & !mask) ^ value
-    Mark { value: u32, mask: u32 },
+    Mark {
+        value: u32,
+        mask: u32,
+    },
     Destination(SocketAddr),
 }
 
@@ -135,7 +138,11 @@ impl Rules {
                 let words = words(rule);
                 let (chain, words) = words.split_first().context("a rule without a chain")?;
                 let rule = Rule::parse(words).with_context(|| format!("rule {line}"))?;
-                rules.chains.entry((table, chain.clone())).or_default().push(rule);
+                rules
+                    .chains
+                    .entry((table, chain.clone()))
+                    .or_default()
+                    .push(rule);
             }
         }
         Ok(rules)
@@ -143,26 +150,28 @@ impl Rules {
 
     /// Every end that the packet can have.
     pub fn walk(&self, packet: &Packet<'_>) -> Result<BTreeSet<End>> {
-        let hook = if packet.device.is_some() { "PREROUTING" } else { "OUTPUT" };
+        let hook = if packet.device.is_some() {
+            "PREROUTING"
+        } else {
+            "OUTPUT"
+        };
         let mut ends = BTreeSet::new();
         for (step, mark) in self.chain(Table::Nat, hook, packet, 0, 0)? {
             let mut translated = packet.clone();
             if let Step::To(to) = step {
                 translated.destination = to;
             }
-            let filter = match packet.device {
-                None => "OUTPUT",
-                Some(_) if packet.local.contains(&translated.destination.ip()) => "INPUT",
-                Some(_) => "FORWARD",
-            };
-            for (verdict, mark) in self.chain(Table::Filter, filter, &translated, mark, 0)? {
+            for (verdict, mark) in self.filtered(&translated, mark)? {
                 let end = match (verdict, &step) {
                     (Step::Drop, _) => End::Dropped,
                     (Step::Reject, _) => End::Rejected,
                     (_, Step::To(to)) => {
                         let post = self.chain(Table::Nat, "POSTROUTING", &translated, mark, 0)?;
                         let masquerade = post.iter().any(|(step, _)| *step == Step::Masquerade);
-                        End::Backend { to: *to, masquerade }
+                        End::Backend {
+                            to: *to,
+                            masquerade,
+                        }
                     }
                     _ => End::Untouched,
                 };
@@ -170,6 +179,26 @@ impl Rules {
             }
         }
         Ok(ends)
+    }
+
+    /// What the filter makes of a packet: one of the node itself to the node itself goes out and comes in.
+    fn filtered(&self, packet: &Packet<'_>, mark: u32) -> Result<BTreeSet<(Step, u32)>> {
+        let comes_in = packet.local.contains(&packet.destination.ip());
+        match (packet.device, comes_in) {
+            (Some(_), true) => self.chain(Table::Filter, "INPUT", packet, mark, 0),
+            (Some(_), false) => self.chain(Table::Filter, "FORWARD", packet, mark, 0),
+            (None, false) => self.chain(Table::Filter, "OUTPUT", packet, mark, 0),
+            (None, true) => {
+                let mut ends = BTreeSet::new();
+                for (step, mark) in self.chain(Table::Filter, "OUTPUT", packet, mark, 0)? {
+                    match step {
+                        Step::Drop | Step::Reject => _ = ends.insert((step, mark)),
+                        _ => ends.extend(self.chain(Table::Filter, "INPUT", packet, mark, 0)?),
+                    }
+                }
+                Ok(ends)
+            }
+        }
     }
 
     /// Every address and port that the rules take packets of, on purpose or to refuse them.
@@ -194,7 +223,10 @@ impl Rules {
             }
         }
         for address in self.node_port_addresses() {
-            places.extend(node_ports.iter().map(|port| Place { address, ..port.clone() }));
+            places.extend(node_ports.iter().map(|port| Place {
+                address,
+                ..port.clone()
+            }));
         }
         places
     }
@@ -220,17 +252,21 @@ impl Rules {
     #[must_use]
     pub fn health_check_ports(&self) -> BTreeSet<u16> {
         let rules = self.rules(Table::Filter, "KUBE-NODEPORTS").iter();
-        rules.filter_map(|rule| rule.place().map(|place| place.port)).collect()
+        rules
+            .filter_map(|rule| rule.place().map(|place| place.port))
+            .collect()
     }
 
     fn rules(&self, table: Table, chain: &str) -> &[Rule] {
-        self.chains.get(&(table, chain.to_owned())).map_or(&[], Vec::as_slice)
+        self.chains
+            .get(&(table, chain.to_owned()))
+            .map_or(&[], Vec::as_slice)
     }
 
     fn node_port_addresses(&self) -> BTreeSet<Option<IpAddr>> {
-        let jumps = self.rules(Table::Nat, "KUBE-SERVICES").iter().filter(|rule| {
-            matches!(&rule.target, Some(Target::Chain(chain)) if chain == "KUBE-NODEPORTS")
-        });
+        let jumps = self.rules(Table::Nat, "KUBE-SERVICES").iter().filter(
+            |rule| matches!(&rule.target, Some(Target::Chain(chain)) if chain == "KUBE-NODEPORTS"),
+        );
         jumps
             .map(|rule| {
                 rule.matches.iter().find_map(|found| match found {
@@ -296,7 +332,11 @@ impl Rule {
         let mut words = words.iter().map(String::as_str);
         let mut not = false;
         while let Some(word) = words.next() {
-            let mut value = || words.next().with_context(|| format!("{word} without a value"));
+            let mut value = || {
+                words
+                    .next()
+                    .with_context(|| format!("{word} without a value"))
+            };
             let positive = !not;
             not = false;
             match word {
@@ -308,7 +348,9 @@ impl Rule {
                         _ => Match::Destination(positive, ip, length),
                     });
                 }
-                "-i" => rule.matches.push(Match::Device(positive, value()?.to_owned())),
+                "-i" => rule
+                    .matches
+                    .push(Match::Device(positive, value()?.to_owned())),
                 "-p" if positive => rule.matches.push(Match::Protocol(value()?.to_owned())),
                 "-m" | "--comment" | "--mode" | "--probability" | "--name" | "--mask"
                 | "--reject-with" | "--nfacct-name" => {
@@ -372,10 +414,12 @@ impl Rule {
                     within(packet.destination.ip(), *ip, *length) == *positive
                 }
                 Match::Device(positive, name) => {
-                    let is = packet.device.is_some_and(|device| match name.strip_suffix('+') {
-                        Some(prefix) => device.starts_with(prefix),
-                        None => device == name,
-                    });
+                    let is = packet
+                        .device
+                        .is_some_and(|device| match name.strip_suffix('+') {
+                            Some(prefix) => device.starts_with(prefix),
+                            None => device == name,
+                        });
                     is == *positive
                 }
                 Match::Protocol(protocol) => protocol == packet.protocol,
@@ -397,7 +441,11 @@ impl Rule {
     }
 
     fn place(&self) -> Option<Place> {
-        let mut place = Place { address: None, port: 0, protocol: String::new() };
+        let mut place = Place {
+            address: None,
+            port: 0,
+            protocol: String::new(),
+        };
         for found in &self.matches {
             match found {
                 Match::Destination(true, ip, _) => place.address = Some(*ip),
@@ -418,7 +466,10 @@ fn words(line: &str) -> Vec<String> {
         match character {
             '"' => quoted = !quoted,
             ' ' if !quoted => words.push(String::new()),
-            other => words.last_mut().expect("there is always a last word").push(other),
+            other => words
+                .last_mut()
+                .expect("there is always a last word")
+                .push(other),
         }
     }
     words.retain(|word| !word.is_empty());
@@ -429,7 +480,11 @@ fn network(text: &str) -> Result<(IpAddr, u8)> {
     let (ip, length) = text.split_once('/').unwrap_or((text, ""));
     let ip: IpAddr = ip.parse()?;
     let longest = if ip.is_ipv4() { 32 } else { 128 };
-    let length = if length.is_empty() { longest } else { length.parse()? };
+    let length = if length.is_empty() {
+        longest
+    } else {
+        length.parse()?
+    };
     Ok((ip, length))
 }
 
@@ -497,7 +552,10 @@ COMMIT
     }
 
     fn backend(to: &str, masquerade: bool) -> End {
-        End::Backend { to: to.parse().expect("a literal address"), masquerade }
+        End::Backend {
+            to: to.parse().expect("a literal address"),
+            masquerade,
+        }
     }
 
     #[test]
@@ -516,8 +574,14 @@ COMMIT
 
     #[test]
     fn refused_and_foreign_packets_are_told_apart() {
-        assert_eq!(ends("203.0.113.9", "10.96.0.11:80"), BTreeSet::from([End::Rejected]));
-        assert_eq!(ends("203.0.113.9", "10.96.0.12:80"), BTreeSet::from([End::Untouched]));
+        assert_eq!(
+            ends("203.0.113.9", "10.96.0.11:80"),
+            BTreeSet::from([End::Rejected])
+        );
+        assert_eq!(
+            ends("203.0.113.9", "10.96.0.12:80"),
+            BTreeSet::from([End::Untouched])
+        );
     }
 
     #[test]

@@ -46,6 +46,10 @@ pub enum Purpose {
     HostKeepsAddress,
     /// Clients outside of the source ranges get no answer, also where no endpoint exists.
     RangesFirst,
+    /// kube-proxy refuses what its node's own processes send to external addresses only where they are local.
+    HostToExternal,
+    /// Up to 1.36 kube-proxy leaves slices of another proxy out, 1.37 takes them.
+    ForeignSlices,
     /// One entry stands for a NodePort in both families: it says `drop` if one of them drops.
     OneEntryForBothFamilies,
 }
@@ -56,6 +60,8 @@ impl Purpose {
             Self::PodRanges => "pod-ranges",
             Self::HostKeepsAddress => "host-keeps-address",
             Self::RangesFirst => "ranges-first",
+            Self::HostToExternal => "host-to-external",
+            Self::ForeignSlices => "foreign-slices",
             Self::OneEntryForBothFamilies => "one-entry-for-both-families",
         }
     }
@@ -77,7 +83,8 @@ struct Setting {
 pub fn run(plane: &ControlPlane, trial: &Trial<'_>, report: &mut Report) -> Result<()> {
     let mut api = plane.client(Identity::Administrator)?;
     create_namespace(&mut api, "team-a")?;
-    let known = fs::read_to_string(trial.root.join("docs/differences.md")).context("read docs/differences.md")?;
+    let known = fs::read_to_string(trial.root.join("docs/differences.md"))
+        .context("read docs/differences.md")?;
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     let mut purposes: BTreeMap<Purpose, u64> = BTreeMap::new();
     let start = Instant::now();
@@ -90,21 +97,41 @@ pub fn run(plane: &ControlPlane, trial: &Trial<'_>, report: &mut Report) -> Resu
             for feature in cluster.features.iter().chain(setting.features) {
                 *seen.entry(feature).or_default() += 1;
             }
-            let outcome = judge_one(plane, &mut api, &mut proxy, trial, setting, number, &cluster);
+            let outcome = judge_one(
+                plane, &mut api, &mut proxy, trial, setting, number, &cluster,
+            );
             let outcome = outcome.map(|found| {
                 for purpose in found {
                     *purposes.entry(purpose).or_default() += 1;
                 }
             });
-            report.check_quietly(&format!("cluster {number} ({})", setting.features.join(", ")), outcome);
+            report.check_quietly(
+                &format!("cluster {number} ({})", setting.features.join(", ")),
+                outcome,
+            );
         }
     }
-    println!("{} clusters in {:.0} s", trial.clusters, start.elapsed().as_secs_f32());
-    report.check("every feature in a tenth of the clusters", enough(&seen, trial.clusters));
+    println!(
+        "{} clusters in {:.0} s",
+        trial.clusters,
+        start.elapsed().as_secs_f32()
+    );
+    report.check(
+        "every feature in a tenth of the clusters",
+        enough(&seen, trial.clusters),
+    );
     for (purpose, count) in purposes {
         let named = known.contains(&format!("`{}`", purpose.name()));
-        let outcome = named.then_some(()).context("docs/differences.md does not name it");
-        report.check(&format!("difference on purpose: {} in {count} clusters", purpose.name()), outcome);
+        let outcome = named
+            .then_some(())
+            .context("docs/differences.md does not name it");
+        report.check(
+            &format!(
+                "difference on purpose: {} in {count} clusters",
+                purpose.name()
+            ),
+            outcome,
+        );
     }
     Ok(())
 }
@@ -138,25 +165,41 @@ fn judge_one(
     let folder = plane.dir().join("objects");
     let services = read_back(api, &folder)?;
     let resolution = resolve(plane, trial.sluice, &folder)?;
+    let foreign = generate::foreign(cluster);
     let mut comparison = Comparison {
         setting,
         services: &services,
+        foreign: &foreign,
         rules: &rules,
         local: NODE_ADDRESSES.iter().map(|ip| parse(ip)).collect(),
         wrong: BTreeSet::new(),
         purposes: BTreeSet::new(),
     };
     comparison.all(&resolution)?;
-    health_checks(plane, &services, &rules, &resolution, &mut comparison.wrong)?;
+    health_checks(
+        plane,
+        &services,
+        &foreign,
+        &rules,
+        &resolution,
+        &mut comparison.wrong,
+    )?;
     let refusals = resolution["rejected"].as_array().map_or(0, Vec::len);
     if refusals > 0 {
-        comparison.wrong.insert(format!("rejected: {}", resolution["rejected"]));
+        comparison
+            .wrong
+            .insert(format!("rejected: {}", resolution["rejected"]));
     }
     if !comparison.wrong.is_empty() {
         let kept = std::env::temp_dir().join(format!("sluice-cluster-{number}"));
         keep(plane, &folder, &resolution, &kept)?;
         let lines: Vec<String> = comparison.wrong.into_iter().collect();
-        bail!("{} differences, kept in {}\n        {}", lines.len(), kept.display(), lines.join("\n        "));
+        bail!(
+            "{} differences, kept in {}\n        {}",
+            lines.len(),
+            kept.display(),
+            lines.join("\n        ")
+        );
     }
     Ok(comparison.purposes)
 }
@@ -175,13 +218,19 @@ fn apply(api: &mut Api, cluster: &Cluster, number: u64) -> Result<[IpAddr; 2]> {
         let mut created = api.create(&path, object)?;
         if !object["status"].is_null() {
             created["status"] = object["status"].clone();
-            let name = object["metadata"]["name"].as_str().context("a Service has a name")?;
+            let name = object["metadata"]["name"]
+                .as_str()
+                .context("a Service has a name")?;
             api.call("PUT", &format!("{path}/{name}/status"), Some(&created))?;
         }
     }
     for object in &cluster.refused {
         let answer = api.send("POST", &path_of(KINDS[1], object), Some(object))?;
-        ensure!(answer.status == 422, "the API took {object}: {}", answer.status);
+        ensure!(
+            answer.status == 422,
+            "the API took {object}: {}",
+            answer.status
+        );
     }
     for object in cluster.slices.iter().chain(&slices) {
         api.create(&path_of(KINDS[1], object), object)?;
@@ -195,7 +244,12 @@ fn read_back(api: &mut Api, folder: &Path) -> Result<BTreeMap<(String, String), 
     let mut services = BTreeMap::new();
     for (group, kind, version, name) in [
         ("/api/v1", "services", "v1", "Service"),
-        ("/apis/discovery.k8s.io/v1", "endpointslices", "discovery.k8s.io/v1", "EndpointSlice"),
+        (
+            "/apis/discovery.k8s.io/v1",
+            "endpointslices",
+            "discovery.k8s.io/v1",
+            "EndpointSlice",
+        ),
         ("/api/v1", "nodes", "v1", "Node"),
     ] {
         let mut list = api.read(&format!("{group}/{kind}"))?;
@@ -215,8 +269,14 @@ fn read_back(api: &mut Api, folder: &Path) -> Result<BTreeMap<(String, String), 
 
 fn resolve(plane: &ControlPlane, sluice: &Path, folder: &Path) -> Result<Value> {
     let mut command = Command::new(sluice);
-    command.arg("resolve").arg("--manifests").arg(folder).args(["--node", "n1", "-o", "json"]);
-    command.arg("--config").arg(plane.dir().join("kube-proxy.yaml"));
+    command
+        .arg("resolve")
+        .arg("--manifests")
+        .arg(folder)
+        .args(["--node", "n1", "-o", "json"]);
+    command
+        .arg("--config")
+        .arg(plane.dir().join("kube-proxy.yaml"));
     let output = lab::namespace::text(command)?;
     serde_json::from_str(&output).context("sluice resolve printed no JSON")
 }
@@ -229,8 +289,14 @@ fn keep(plane: &ControlPlane, folder: &Path, resolution: &Value, kept: &Path) ->
     }
     fs::copy(plane.dir().join("kube-proxy.yaml"), kept.join("config"))?;
     fs::write(kept.join("resolution"), resolution.to_string())?;
-    fs::write(kept.join("rules4"), plane.node().output("iptables-save", &[])?)?;
-    fs::write(kept.join("rules6"), plane.node().output("ip6tables-save", &[])?)?;
+    fs::write(
+        kept.join("rules4"),
+        plane.node().output("iptables-save", &[])?,
+    )?;
+    fs::write(
+        kept.join("rules6"),
+        plane.node().output("ip6tables-save", &[])?,
+    )?;
     Ok(())
 }
 
@@ -245,6 +311,8 @@ enum Class {
 struct Comparison<'a> {
     setting: &'a Setting,
     services: &'a BTreeMap<(String, String), Value>,
+    /// Services whose slices are another proxy's.
+    foreign: &'a BTreeSet<(String, String)>,
     rules: &'a [Rules; 2],
     local: BTreeSet<IpAddr>,
     wrong: BTreeSet<String>,
@@ -260,6 +328,9 @@ struct Claim<'a> {
     inside: BTreeSet<SocketAddr>,
     ranges: Vec<(IpAddr, u8)>,
     masquerade: &'a str,
+    policy: &'a str,
+    /// Whether its slices are another proxy's.
+    foreign: bool,
     drops: bool,
     /// Whether `drops` may stand for the other family.
     shared: bool,
@@ -284,20 +355,42 @@ impl Comparison<'_> {
                     let protocol = text(&entry["protocol"]).to_lowercase();
                     let port = u16::try_from(frontend["port"].as_u64().context("port")?)?;
                     let place = (address != "*").then(|| parse(address));
-                    ours.insert(Place { address: place, port, protocol });
-                    for claim in claims(entry, frontend, family, service)? {
+                    ours.insert(Place {
+                        address: place,
+                        port,
+                        protocol,
+                    });
+                    for claim in claims(entry, frontend, family, service, self.foreign)? {
                         self.compare(at, &claim)?;
                     }
                 }
                 self.affinity(entry, family, &affinities[at]);
                 self.scheduler(entry, service);
             }
-            let theirs = self.rules[at].places();
+            // Every local address as one place, or each of them as sluice names them.
+            let own = NODE_ADDRESSES.iter().map(|ip| parse(ip));
+            let own: Vec<IpAddr> = own.filter(|ip| ip.is_ipv6() == (at == 1)).collect();
+            let theirs: BTreeSet<Place> = self.rules[at]
+                .places()
+                .into_iter()
+                .flat_map(|place| match place.address {
+                    None if !ours.contains(&place) => own
+                        .iter()
+                        .map(|ip| Place {
+                            address: Some(*ip),
+                            ..place.clone()
+                        })
+                        .collect(),
+                    _ => vec![place],
+                })
+                .collect();
             for place in ours.difference(&theirs) {
-                self.wrong.insert(format!("{family}: only sluice answers on {place:?}"));
+                self.wrong
+                    .insert(format!("{family}: only sluice answers on {place:?}"));
             }
             for place in theirs.difference(&ours) {
-                self.wrong.insert(format!("{family}: only kube-proxy answers on {place:?}"));
+                self.wrong
+                    .insert(format!("{family}: only kube-proxy answers on {place:?}"));
             }
         }
         Ok(())
@@ -357,6 +450,12 @@ impl Comparison<'_> {
         if nobody && claim.shared && claim.drops && is(End::Rejected) {
             return Some(Purpose::OneEntryForBothFamilies);
         }
+        if class == Class::Host && nobody && is(End::Untouched) && claim.policy == "external" {
+            return Some(Purpose::HostToExternal);
+        }
+        if nobody && claim.foreign {
+            return Some(Purpose::ForeignSlices);
+        }
         if class == Class::Host && targets(ours) == targets(theirs) && claim.masquerade == "never" {
             return Some(Purpose::HostKeepsAddress);
         }
@@ -391,7 +490,8 @@ impl Comparison<'_> {
     fn scheduler(&mut self, entry: &Value, service: &Value) {
         let asked = service["metadata"]["annotations"]["sluice.dev/scheduler"].as_str();
         if entry["scheduler"] != asked.unwrap_or("rr") {
-            self.wrong.insert(format!("{}: scheduler {}", name(entry), entry["scheduler"]));
+            self.wrong
+                .insert(format!("{}: scheduler {}", name(entry), entry["scheduler"]));
         }
     }
 }
@@ -403,9 +503,17 @@ impl Claim<'_> {
             return BTreeSet::from([End::Dropped]);
         }
         let is_inside = class == Class::Host || (class == Class::Pod && tells_pods);
-        let list = if is_inside { &self.inside } else { &self.outside };
+        let list = if is_inside {
+            &self.inside
+        } else {
+            &self.outside
+        };
         if list.is_empty() {
-            return BTreeSet::from([if self.drops { End::Dropped } else { End::Rejected }]);
+            return BTreeSet::from([if self.drops {
+                End::Dropped
+            } else {
+                End::Rejected
+            }]);
         }
         let end = |to: &SocketAddr| End::Backend {
             to: *to,
@@ -425,13 +533,21 @@ impl Claim<'_> {
     }
 }
 
-fn claims<'a>(entry: &Value, frontend: &'a Value, family: &str, service: &Value) -> Result<Vec<Claim<'a>>> {
+fn claims<'a>(
+    entry: &Value,
+    frontend: &'a Value,
+    family: &str,
+    service: &Value,
+    foreign: &BTreeSet<(String, String)>,
+) -> Result<Vec<Claim<'a>>> {
     let address = text(&frontend["address"]);
-    let both = has(&service["spec"]["ipFamilies"], "IPv4") && has(&service["spec"]["ipFamilies"], "IPv6");
+    let both =
+        has(&service["spec"]["ipFamilies"], "IPv4") && has(&service["spec"]["ipFamilies"], "IPv6");
     let targets: Vec<IpAddr> = match address {
         "*" => {
             let own = NODE_ADDRESSES.iter().map(|ip| parse(ip));
-            own.filter(|ip| ip.is_ipv6() == (family == "IPv6")).collect()
+            own.filter(|ip| ip.is_ipv6() == (family == "IPv6"))
+                .collect()
         }
         address => vec![parse(address)],
     };
@@ -443,7 +559,9 @@ fn claims<'a>(entry: &Value, frontend: &'a Value, family: &str, service: &Value)
     };
     let mut ranges = Vec::new();
     for range in frontend["sourceRanges"].as_array().into_iter().flatten() {
-        let (ip, length) = text(range).split_once('/').context("a range has a length")?;
+        let (ip, length) = text(range)
+            .split_once('/')
+            .context("a range has a length")?;
         ranges.push((ip.parse()?, length.parse()?));
     }
     let claim = |ip| Claim {
@@ -454,6 +572,8 @@ fn claims<'a>(entry: &Value, frontend: &'a Value, family: &str, service: &Value)
         inside: inside.clone(),
         ranges: ranges.clone(),
         masquerade: text(&frontend["masquerade"]),
+        policy: text(&frontend["policy"]),
+        foreign: foreign.contains(&key(entry, "namespace", "name")),
         drops: frontend["whenEmpty"] == "drop",
         shared: both && address == "*",
     };
@@ -463,41 +583,50 @@ fn claims<'a>(entry: &Value, frontend: &'a Value, family: &str, service: &Value)
 fn health_checks(
     plane: &ControlPlane,
     services: &BTreeMap<(String, String), Value>,
+    foreign: &BTreeSet<(String, String)>,
     rules: &[Rules; 2],
     resolution: &Value,
     wrong: &mut BTreeSet<String>,
 ) -> Result<()> {
     let mut ports = BTreeSet::new();
-    for check in resolution["healthChecks"].as_array().context("healthChecks")? {
+    for check in resolution["healthChecks"]
+        .as_array()
+        .context("healthChecks")?
+    {
         let port = u16::try_from(check["port"].as_u64().context("port")?)?;
         ports.insert(port);
+        if foreign.contains(&key(check, "namespace", "name")) {
+            continue;
+        }
         let families = &services[&key(check, "namespace", "name")]["spec"]["ipFamilies"];
-        let addresses = [("IPv4", NODE_ADDRESSES[0]), ("IPv6", NODE_ADDRESSES[2])];
-        let ask = || -> Result<Option<u64>> {
-            let mut most = None;
-            for (_, address) in addresses.iter().filter(|(family, _)| has(families, family)) {
-                most = most.max(Some(local_endpoints(plane, parse(address), port)?));
-            }
-            Ok(most)
+        // It answers where node ports do, with the count of that address' family.
+        let ask = || -> Option<u64> {
+            let own = NODE_ADDRESSES.iter().map(|ip| parse(ip));
+            let asked = own.filter(|ip| has(families, if ip.is_ipv4() { "IPv4" } else { "IPv6" }));
+            asked
+                .filter_map(|ip| local_endpoints(plane, ip, port).ok())
+                .max()
         };
         // The answer follows the rules by a moment.
         let start = Instant::now();
         let theirs = loop {
             let theirs = ask();
-            let is_same = theirs.as_ref().is_ok_and(|count| *count == check["localEndpoints"].as_u64());
-            if is_same || start.elapsed() > Duration::from_secs(3) {
+            if theirs == check["localEndpoints"].as_u64()
+                || start.elapsed() > Duration::from_secs(3)
+            {
                 break theirs;
             }
             sleep(Duration::from_millis(20));
         };
-        match theirs {
-            Ok(theirs) if theirs == check["localEndpoints"].as_u64() => {}
-            other => _ = wrong.insert(format!("health check {check}: kube-proxy says {other:?}")),
+        if theirs != check["localEndpoints"].as_u64() {
+            wrong.insert(format!("health check {check}: kube-proxy says {theirs:?}"));
         }
     }
     let theirs: BTreeSet<u16> = rules.iter().flat_map(Rules::health_check_ports).collect();
     if theirs != ports {
-        wrong.insert(format!("health check ports: sluice {ports:?}, kube-proxy {theirs:?}"));
+        wrong.insert(format!(
+            "health check ports: sluice {ports:?}, kube-proxy {theirs:?}"
+        ));
     }
     Ok(())
 }
@@ -505,7 +634,11 @@ fn health_checks(
 fn create_namespace(api: &mut Api, name: &str) -> Result<()> {
     let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
     let answer = api.send("POST", "/api/v1/namespaces", Some(&object))?;
-    ensure!([201, 409].contains(&answer.status), "namespace {name}: {}", answer.body);
+    ensure!(
+        [201, 409].contains(&answer.status),
+        "namespace {name}: {}",
+        answer.body
+    );
     Ok(())
 }
 
@@ -517,7 +650,10 @@ fn set_node(api: &mut Api, zone: &str) -> Result<()> {
         if !zone.is_empty() {
             labels["topology.kubernetes.io/zone"] = json!(zone);
         }
-        let ranges = [format!("10.244.{number}.0/24"), format!("fd00:10:244:{number}::/64")];
+        let ranges = [
+            format!("10.244.{number}.0/24"),
+            format!("fd00:10:244:{number}::/64"),
+        ];
         let mut node = api.create(
             "/api/v1/nodes",
             &json!({
@@ -533,7 +669,10 @@ fn set_node(api: &mut Api, zone: &str) -> Result<()> {
         if name == "n1" {
             let more = NODE_ADDRESSES.iter().skip(1).step_by(2);
             let more = more.map(|ip| json!({"type": "ExternalIP", "address": ip}));
-            node["status"]["addresses"].as_array_mut().context("a list")?.extend(more);
+            node["status"]["addresses"]
+                .as_array_mut()
+                .context("a list")?
+                .extend(more);
         }
         api.call("PUT", &format!("/api/v1/nodes/{name}/status"), Some(&node))?;
     }
@@ -541,12 +680,18 @@ fn set_node(api: &mut Api, zone: &str) -> Result<()> {
 }
 
 fn path_of((group, kind): (&str, &str), object: &Value) -> String {
-    format!("{group}/namespaces/{}/{kind}", text(&object["metadata"]["namespace"]))
+    format!(
+        "{group}/namespaces/{}/{kind}",
+        text(&object["metadata"]["namespace"])
+    )
 }
 
 fn targets(ends: &BTreeSet<End>) -> BTreeSet<End> {
     let plain = |end: &End| match end {
-        End::Backend { to, .. } => End::Backend { to: *to, masquerade: false },
+        End::Backend { to, .. } => End::Backend {
+            to: *to,
+            masquerade: false,
+        },
         other => other.clone(),
     };
     ends.iter().map(plain).collect()
@@ -554,20 +699,34 @@ fn targets(ends: &BTreeSet<End>) -> BTreeSet<End> {
 
 fn backends(list: &Value, family: &str) -> BTreeSet<SocketAddr> {
     let all = list.as_array().into_iter().flatten();
-    let all = all.map(|backend| text(backend).parse().expect("sluice prints addresses as ip:port"));
-    all.filter(|backend: &SocketAddr| backend.is_ipv6() == (family == "IPv6")).collect()
+    let all = all.map(|backend| {
+        text(backend)
+            .parse()
+            .expect("sluice prints addresses as ip:port")
+    });
+    all.filter(|backend: &SocketAddr| backend.is_ipv6() == (family == "IPv6"))
+        .collect()
 }
 
 fn key(object: &Value, namespace: &str, name: &str) -> (String, String) {
-    (text(&object[namespace]).to_owned(), text(&object[name]).to_owned())
+    (
+        text(&object[namespace]).to_owned(),
+        text(&object[name]).to_owned(),
+    )
 }
 
 fn name(entry: &Value) -> String {
-    format!("{}/{}:{}", text(&entry["namespace"]), text(&entry["name"]), text(&entry["port"]))
+    format!(
+        "{}/{}:{}",
+        text(&entry["namespace"]),
+        text(&entry["name"]),
+        text(&entry["port"])
+    )
 }
 
 fn has(list: &Value, word: &str) -> bool {
-    list.as_array().is_some_and(|list| list.iter().any(|item| item == word))
+    list.as_array()
+        .is_some_and(|list| list.iter().any(|item| item == word))
 }
 
 fn text(value: &Value) -> &str {
@@ -579,22 +738,45 @@ fn is_v6(address: &str) -> bool {
 }
 
 fn parse(address: &str) -> IpAddr {
-    address.parse().expect("an address that was checked or is a literal")
+    address
+        .parse()
+        .expect("an address that was checked or is a literal")
 }
 
-const KINDS: [(&str, &str); 2] = [("/api/v1", "services"), ("/apis/discovery.k8s.io/v1", "endpointslices")];
+const KINDS: [(&str, &str); 2] = [
+    ("/api/v1", "services"),
+    ("/apis/discovery.k8s.io/v1", "endpointslices"),
+];
 /// Of node n1, in the order of its families, the primary one first.
-const NODE_ADDRESSES: [&str; 4] = ["192.168.77.10", "198.51.100.10", "fd77::10", "2001:db8:51::10"];
+const NODE_ADDRESSES: [&str; 4] = [
+    "192.168.77.10",
+    "198.51.100.10",
+    "fd77::10",
+    "2001:db8:51::10",
+];
 /// By family: outside, outside in most of the source ranges, a pod of this node, a process of this node.
 const CLIENTS: [[&str; 4]; 2] = [
-    ["203.0.114.9", "203.0.113.99", "10.244.1.254", "192.168.77.10"],
-    ["2001:db8:8::9", "2001:db8:9::99", "fd00:10:244:1::fffe", "fd77::10"],
+    [
+        "203.0.114.9",
+        "203.0.113.99",
+        "10.244.1.254",
+        "192.168.77.10",
+    ],
+    [
+        "2001:db8:8::9",
+        "2001:db8:9::99",
+        "fd00:10:244:1::fffe",
+        "fd77::10",
+    ],
 ];
 const OWN_PODS: [(&str, u8); 2] = [("10.244.1.0", 24), ("fd00:10:244:1::", 64)];
 
 const SETTINGS: [Setting; 10] = [
     Setting {
-        features: &["detectLocalMode ClusterCIDR", "clusterCIDR of both families"],
+        features: &[
+            "detectLocalMode ClusterCIDR",
+            "clusterCIDR of both families",
+        ],
         configuration: concat!(
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n",
             "clusterCIDR: 10.244.0.0/16,fd00:10:244::/56\n",
@@ -630,7 +812,10 @@ const SETTINGS: [Setting; 10] = [
         masquerade_all: false,
     },
     Setting {
-        features: &["detectLocalMode BridgeInterface", "nodePortAddresses as ranges"],
+        features: &[
+            "detectLocalMode BridgeInterface",
+            "nodePortAddresses as ranges",
+        ],
         configuration: concat!(
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n",
             "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cbr0}\n",
@@ -643,7 +828,10 @@ const SETTINGS: [Setting; 10] = [
         masquerade_all: false,
     },
     Setting {
-        features: &["detectLocalMode InterfaceNamePrefix", "nodePortAddresses of one family"],
+        features: &[
+            "detectLocalMode InterfaceNamePrefix",
+            "nodePortAddresses of one family",
+        ],
         configuration: concat!(
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n",
             "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: veth}\n",
@@ -679,7 +867,10 @@ const SETTINGS: [Setting; 10] = [
         masquerade_all: false,
     },
     Setting {
-        features: &["detectLocalMode BridgeInterface", "nodePortAddresses primary"],
+        features: &[
+            "detectLocalMode BridgeInterface",
+            "nodePortAddresses primary",
+        ],
         configuration: concat!(
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n",
             "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cbr0}\n",

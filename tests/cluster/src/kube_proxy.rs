@@ -4,8 +4,8 @@
 //! one family's rules are written at once.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::Child;
 use std::thread::sleep;
@@ -44,7 +44,9 @@ impl KubeProxy {
         fs::write(&config, text)?;
         let log = plane.dir().join("kube-proxy.log");
         let mut command = plane.node().command(&plane.programs().kube_proxy);
-        command.arg(format!("--config={}", config.display())).arg("-v=2");
+        command
+            .arg(format!("--config={}", config.display()))
+            .arg("-v=2");
         log_to(&mut command, &log)?;
         let child = command.spawn().context("start kube-proxy")?;
         Ok(Self { child, log })
@@ -59,7 +61,10 @@ impl KubeProxy {
                 plane.node().output("ip6tables-save", &[])?,
             ];
             let there = |(text, ip): (&String, IpAddr)| {
-                text.contains(&format!("--to-destination {}", SocketAddr::new(ip, SENTINEL_PORT)))
+                text.contains(&format!(
+                    "--to-destination {}",
+                    SocketAddr::new(ip, SENTINEL_PORT)
+                ))
             };
             if texts.iter().zip(last).all(there) {
                 return Ok([Rules::parse(&texts[0])?, Rules::parse(&texts[1])?]);
@@ -90,13 +95,17 @@ pub fn local_endpoints(plane: &ControlPlane, address: IpAddr, port: u16) -> Resu
     let answer = plane.node().run(|| -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::new(address, port), POLL * 50)?;
         stream.set_read_timeout(Some(POLL * 100))?;
-        write!(stream, "GET / HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n\r\n")?;
+        write!(
+            stream,
+            "GET / HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n\r\n"
+        )?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     })?;
     let (_, body) = answer.split_once("\r\n\r\n").context("no body")?;
-    let body: Value = serde_json::from_str(body).with_context(|| format!("health check said {body:?}"))?;
+    let body: Value =
+        serde_json::from_str(body).with_context(|| format!("health check said {body:?}"))?;
     body["localEndpoints"].as_u64().context("no localEndpoints")
 }
 

@@ -52,7 +52,10 @@ fn build_one(module: &Path, version: &str, name: &str, package: &str) -> Result<
         return Ok(place);
     }
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-    println!("building {name} {version}: minutes the first time, kept in {}", folder.display());
+    println!(
+        "building {name} {version}: minutes the first time, kept in {}",
+        folder.display()
+    );
     let start = Instant::now();
     let unfinished = folder.join(format!(".{name}.{}", std::process::id()));
     let status = Command::new("go")
