@@ -5,7 +5,7 @@ CARGO ?= cargo
 FUZZ_SECONDS ?= 60
 DEMO ?=
 
-.PHONY: build demo test check fences fuzz deny bench ci
+.PHONY: build demo test test-cluster image-root check fences fuzz deny bench ci
 
 build:
 	@.ci/packages build
@@ -21,6 +21,19 @@ test:
 	$(CARGO) build --release --workspace --bins
 	$(CARGO) test --release --workspace
 	target/release/lab check
+
+# Real kube-apiserver, etcd and kube-proxy, built from their Go modules into the user's cache: needs go.
+test-cluster:
+	@.ci/packages build
+	@.ci/packages lab
+	$(CARGO) build --release -p sluice -p cluster
+	target/release/cluster $(if $(CLUSTERS),--clusters $(CLUSTERS)) $(if $(SEED),--seed $(SEED))
+
+# The stages of deploy/Dockerfile in a folder, and the binary in it under chroot.
+image-root:
+	@.ci/packages build
+	$(CARGO) build --release -p sluice
+	deploy/image-root target/image-root
 
 check: fences
 	@.ci/packages build
@@ -48,4 +61,4 @@ bench: build
 	$(CARGO) bench --workspace
 	target/release/lab bench
 
-ci: check test
+ci: check test test-cluster image-root

@@ -26,6 +26,8 @@ pub struct SliceEndpoint {
     pub zone: Option<Arc<str>>,
     /// Whether it takes new connections.
     pub state: Readiness,
+    /// Whether its pod is being deleted.
+    pub terminating: bool,
     /// Which nodes it is meant for.
     pub node_hints: Vec<Arc<str>>,
     /// Which zones it is meant for.
@@ -219,6 +221,7 @@ fn mirror_subset(
                 node: names.share(address.node_name.as_deref()),
                 zone: None,
                 state,
+                terminating: false,
                 node_hints: Vec::new(),
                 zone_hints: Vec::new(),
             }),
@@ -239,6 +242,8 @@ pub struct Endpoint {
     pub zone: Option<Arc<str>>,
     /// Whether it takes new connections.
     pub state: Readiness,
+    /// Whether its pod is being deleted.
+    pub terminating: bool,
     /// Which nodes it is meant for.
     pub node_hints: Vec<Arc<str>>,
     /// Which zones it is meant for.
@@ -247,8 +252,10 @@ pub struct Endpoint {
 
 /// All endpoints of one Service port over its slices, sorted by address.
 ///
-/// An address that several slices hold is taken once: a local mention wins over a remote one,
-/// then the one that takes more traffic, so that the order of the slices does not matter.
+/// An address that several slices hold is taken once: a pod that stays wins over one that is being
+/// deleted and had the address before, also while it is not ready; then a local mention over a
+/// remote one, then the one that takes more traffic, so that the order of the slices does not
+/// matter.
 #[must_use]
 pub fn merge<'a>(
     slices: impl IntoIterator<Item = &'a Slice>,
@@ -266,10 +273,12 @@ pub fn merge<'a>(
                     local: !node.is_empty() && endpoint.node.as_deref() == Some(node),
                     zone: endpoint.zone.clone(),
                     state: endpoint.state,
+                    terminating: endpoint.terminating,
                     node_hints: endpoint.node_hints.clone(),
                     zone_hints: endpoint.zone_hints.clone(),
                 };
-                let rank = |endpoint: &Endpoint| (endpoint.local, endpoint.state);
+                let rank =
+                    |endpoint: &Endpoint| (!endpoint.terminating, endpoint.local, endpoint.state);
                 match found.get_mut(&candidate.address) {
                     None => _ = found.insert(candidate.address, candidate),
                     Some(known) if rank(known) < rank(&candidate) => *known = candidate,
@@ -304,6 +313,7 @@ fn slice_endpoint(
         node: names.share(endpoint.node_name.as_deref()),
         zone: names.share(endpoint.zone.as_deref()),
         state,
+        terminating,
         node_hints: node_hints
             .iter()
             .filter_map(|hint| names.share(Some(&hint.name)))
@@ -394,6 +404,7 @@ mod tests {
                 node: Some(node.into()),
                 zone: None,
                 state,
+                terminating: false,
                 node_hints: Vec::new(),
                 zone_hints: Vec::new(),
             }],
@@ -410,6 +421,18 @@ mod tests {
         assert_eq!(forth, back);
         assert_eq!(forth.len(), 1);
         assert!(forth.iter().all(|e| e.local && e.state == Readiness::Ready));
+    }
+
+    #[test]
+    fn a_new_pod_that_is_not_ready_wins_over_the_old_one_that_had_its_address() {
+        let mut old = slice("a", "n1", Readiness::ServingTerminating);
+        old.endpoints[0].terminating = true;
+        let new = slice("b", "n1", Readiness::NotReady);
+        for slices in [[&old, &new], [&new, &old]] {
+            let merged = merge(slices, "http", Protocol::Tcp, "n1");
+            assert_eq!(merged.len(), 1);
+            assert_eq!(merged[0].state, Readiness::NotReady);
+        }
     }
 
     #[test]

@@ -83,7 +83,7 @@ pub enum NodePortAddresses {
     All,
     /// The node's first address of each family (`primary`).
     Primary,
-    /// Those in one of the ranges.
+    /// Those in one of the ranges; a family without a range is not narrowed.
     Within(Vec<Cidr>),
 }
 
@@ -178,7 +178,11 @@ impl Topology {
                     .collect(),
             ),
             NodePortAddresses::Within(ranges) => {
-                let within = |ip: &IpAddr| ranges.iter().any(|range| range.contains(*ip));
+                let within = |ip: &IpAddr| {
+                    let family = Family::of(*ip);
+                    let mut own = ranges.iter().filter(|range| range.family() == family);
+                    own.clone().next().is_none() || own.any(|range| range.contains(*ip))
+                };
                 Some(self.addresses().into_iter().filter(within).collect())
             }
         }

@@ -260,7 +260,12 @@ pub fn resolve(
         health_check: service.health_check_port.map(|port| HealthCheck {
             port,
             // A dual-stack endpoint has an address of each family and is still one endpoint.
-            local_endpoints: Family::BOTH.into_iter().map(count).max().unwrap_or(0),
+            local_endpoints: Family::BOTH
+                .into_iter()
+                .filter(|family| service.cluster_ip(*family).is_some())
+                .map(count)
+                .max()
+                .unwrap_or(0),
         }),
         remarks,
     }
