@@ -11,11 +11,15 @@ use crossbeam::queue::ArrayQueue;
 use crate::device::VnetHeader;
 use crate::pipeline::Meta;
 
-/// How many packets wait between two workers at most.
-pub const PARCELS: usize = 128;
+/// How many packets of a wire's size wait between two workers at most.
+pub const PARCELS: usize = 1_024;
+/// How many larger ones besides.
+pub const LARGE_PARCELS: usize = 32;
 
+/// A packet of a wire's size.
+const PARCEL_SIZE: usize = 2_048;
 /// A super-packet of 65,535 bytes and its Ethernet header.
-const PARCEL_SIZE: usize = 65_536 + 64;
+const LARGE_PARCEL_SIZE: usize = 65_536 + 64;
 
 /// A packet on its way to the worker that owns it.
 #[derive(Debug)]
@@ -39,6 +43,21 @@ impl Parcel {
 struct Ring {
     full: ArrayQueue<Parcel>,
     empty: ArrayQueue<Box<[u8]>>,
+    large: ArrayQueue<Box<[u8]>>,
+}
+
+impl Ring {
+    fn home(&self, length: usize) -> &ArrayQueue<Box<[u8]>> {
+        if length > PARCEL_SIZE {
+            &self.large
+        } else {
+            &self.empty
+        }
+    }
+
+    fn give_back(&self, memory: Box<[u8]>) {
+        self.home(memory.len()).force_push(memory);
+    }
 }
 
 /// The sender's end.
@@ -57,13 +76,15 @@ pub struct Behind;
 #[must_use]
 pub fn ring() -> (Outbox, Inbox) {
     let ring = Ring {
-        full: ArrayQueue::new(PARCELS),
+        full: ArrayQueue::new(PARCELS + LARGE_PARCELS),
         empty: ArrayQueue::new(PARCELS),
+        large: ArrayQueue::new(LARGE_PARCELS),
     };
     // Pages of a parcel that no packet ever reached take no memory.
-    let memories = std::iter::repeat_with(|| vec![0; PARCEL_SIZE].into_boxed_slice());
-    for memory in memories.take(PARCELS) {
-        ring.empty.force_push(memory);
+    let memories = |size| std::iter::repeat_with(move || vec![0; size].into_boxed_slice());
+    let small = memories(PARCEL_SIZE).take(PARCELS);
+    for memory in small.chain(memories(LARGE_PARCEL_SIZE).take(LARGE_PARCELS)) {
+        ring.give_back(memory);
     }
     let ring = Arc::new(ring);
     (Outbox(Arc::clone(&ring)), Inbox(ring))
@@ -75,11 +96,11 @@ impl Outbox {
     /// # Errors
     /// `Behind` if every parcel is on its way.
     pub fn send(&mut self, bytes: &[u8], meta: &Meta, vnet: &VnetHeader) -> Result<(), Behind> {
-        let Some(mut memory) = self.0.empty.pop() else {
+        let Some(mut memory) = self.0.home(bytes.len()).pop() else {
             return Err(Behind);
         };
         let Some(room) = memory.get_mut(..bytes.len()) else {
-            self.0.empty.force_push(memory);
+            self.0.give_back(memory);
             return Err(Behind);
         };
         room.copy_from_slice(bytes);
@@ -94,7 +115,7 @@ impl Outbox {
             vnet: *vnet,
         };
         self.0.full.push(parcel).map_err(|parcel| {
-            self.0.empty.force_push(parcel.memory);
+            self.0.give_back(parcel.memory);
             Behind
         })
     }
@@ -114,7 +135,7 @@ impl Inbox {
 
     /// Sends an emptied parcel home.
     pub fn give_back(&mut self, parcel: Parcel) {
-        self.0.empty.force_push(parcel.memory);
+        self.0.give_back(parcel.memory);
     }
 }
 
@@ -163,13 +184,31 @@ mod tests {
     }
 
     #[test]
+    fn super_packets_have_parcels_of_their_own() {
+        let (mut outbox, mut inbox) = ring();
+        let large = vec![7; 60_000];
+        for _ in 0..LARGE_PARCELS {
+            assert_eq!(outbox.send(&large, &META, &VnetHeader::default()), Ok(()));
+        }
+        assert_eq!(
+            outbox.send(&large, &META, &VnetHeader::default()),
+            Err(Behind)
+        );
+        assert_eq!(outbox.send(&[1; 60], &META, &VnetHeader::default()), Ok(()));
+        let mut parcel = inbox.receive().expect("the ring is full");
+        assert_eq!(parcel.bytes(), large);
+        inbox.give_back(parcel);
+        assert_eq!(outbox.send(&large, &META, &VnetHeader::default()), Ok(()));
+    }
+
+    #[test]
     fn a_packet_larger_than_any_packet_is_refused() {
         let (mut outbox, _inbox) = ring();
-        let huge = vec![0; PARCEL_SIZE + 1];
+        let huge = vec![0; LARGE_PARCEL_SIZE + 1];
         assert_eq!(
             outbox.send(&huge, &META, &VnetHeader::default()),
             Err(Behind)
         );
-        assert_eq!(outbox.0.empty.len(), PARCELS);
+        assert_eq!(outbox.0.large.len(), LARGE_PARCELS);
     }
 }
