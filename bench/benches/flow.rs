@@ -55,6 +55,33 @@ fn hit(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// The same packets, looked up as a worker does that has a whole batch before it.
+fn hit_in_batches(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("flow/hit_in_batches");
+    group.throughput(Throughput::Elements(BATCH as u64));
+    for size in SIZES {
+        let (mut table, flows) = filled(Family::V4, size);
+        let mut tuples: Vec<Tuple> = flows
+            .iter()
+            .flat_map(|flow| [flow.original, flow.reply])
+            .collect();
+        workload::shuffle(&mut tuples);
+        let mut order = tuples.as_chunks::<BATCH>().0.iter().cycle();
+        group.bench_function(BenchmarkId::from_parameter(size), |bencher| {
+            bencher.iter(|| {
+                let Some(batch) = order.next() else { return };
+                let hashes = batch.map(|tuple| table.hash(&tuple));
+                table.warm(&hashes);
+                for (hash, tuple) in hashes.iter().zip(batch) {
+                    let (id, direction) = table.find_hashed(*hash, tuple).expect("a known tuple");
+                    table.record(id, direction, 64, NOW);
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
 fn miss(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("flow/miss");
     group.throughput(Throughput::Elements(BATCH as u64));
@@ -100,5 +127,5 @@ fn come_and_go(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, hit, miss, come_and_go);
+criterion_group!(benches, hit, hit_in_batches, miss, come_and_go);
 criterion_main!(benches);
