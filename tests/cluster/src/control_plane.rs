@@ -113,6 +113,30 @@ impl ControlPlane {
         Api::new(Arc::clone(&self.api), SERVER, &self.authority, identity)
     }
 
+    /// Gives another namespace a link to the API server.
+    pub fn join(&self, other: &str) -> Result<()> {
+        let own = self.api.name();
+        ip_batch(
+            None,
+            &format!("link add lab0 netns {own} type veth peer name api0 netns {other}\n"),
+        )?;
+        self.api
+            .ip("link set lab0 up\naddr add 192.168.78.1/24 dev lab0\n")?;
+        ip_batch(
+            Some(other),
+            &format!(
+                "link set api0 up\naddr add 192.168.78.2/24 dev api0\nroute add {}/32 via 192.168.78.1\n",
+                SERVER.ip()
+            ),
+        )
+    }
+
+    /// The authority's certificate, for clients.
+    #[must_use]
+    pub fn certificate(&self) -> &Path {
+        &self.authority.certificate
+    }
+
     /// The namespace of node n1.
     #[must_use]
     pub fn node(&self) -> &Namespace {
@@ -213,8 +237,11 @@ pub fn log_to(command: &mut Command, path: &Path) -> Result<()> {
 #[must_use]
 pub fn tail(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
+    let lines: Vec<String> = text
+        .lines()
+        .map(|line| line.chars().take(300).collect())
+        .collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
 fn start_store(etcd: &Path, space: &Namespace, dir: &Path) -> Result<Child> {

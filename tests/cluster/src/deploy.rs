@@ -14,8 +14,8 @@ use crate::api::{Api, Identity};
 use crate::control_plane::ControlPlane;
 use crate::report::Report;
 
-/// Applies the manifests, checks permissions, and returns a token of the ServiceAccount.
-pub fn run(plane: &ControlPlane, root: &Path, report: &mut Report) -> Result<String> {
+/// Applies the manifests and checks permissions.
+pub fn run(plane: &ControlPlane, root: &Path, report: &mut Report) -> Result<()> {
     let objects = read(root)?;
     let mut admin = plane.client(Identity::Administrator)?;
     for object in &objects {
@@ -27,7 +27,7 @@ pub fn run(plane: &ControlPlane, root: &Path, report: &mut Report) -> Result<Str
             outcome,
         );
     }
-    let token = account_token(&mut admin, "sluice")?;
+    let token = account_token(&mut admin, "sluice", &Value::Null)?;
     report.check(
         "its ServiceAccount may do what sluice does and nothing more",
         permissions(plane, &token),
@@ -36,7 +36,42 @@ pub fn run(plane: &ControlPlane, root: &Path, report: &mut Report) -> Result<Str
         "its ServiceAccount is refused what it must not do",
         refusals(plane, &token),
     );
-    Ok(token)
+    Ok(())
+}
+
+/// A token of the ServiceAccount that is good as long as the Secret of this name, which is made for it, is there.
+pub fn bound_token(admin: &mut Api, secret: &str) -> Result<String> {
+    let object = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": secret, "namespace": "kube-system"},
+    });
+    let made = admin.create(SECRETS, &object)?;
+    let bound = json!({"kind": "Secret", "apiVersion": "v1", "name": secret, "uid": made["metadata"]["uid"]});
+    account_token(admin, "sluice", &bound)
+}
+
+/// Ends the tokens that are bound to a Secret.
+pub fn revoke(admin: &mut Api, secret: &str) -> Result<()> {
+    admin
+        .call("DELETE", &format!("{SECRETS}/{secret}"), None)
+        .map(drop)
+}
+
+/// The capabilities of the DaemonSet's container, as `setpriv --bounding-set` takes them.
+pub fn capabilities(root: &Path) -> Result<String> {
+    let objects = read(root)?;
+    let set = objects
+        .iter()
+        .find(|object| object["kind"] == "DaemonSet")
+        .context("a DaemonSet")?;
+    let container = &set["spec"]["template"]["spec"]["containers"][0];
+    let list = container["securityContext"]["capabilities"]["add"]
+        .as_array()
+        .context("capabilities")?;
+    let names = list
+        .iter()
+        .filter_map(Value::as_str)
+        .map(|name| format!(",+{}", name.to_lowercase()));
+    Ok(format!("-all{}", names.collect::<String>()))
 }
 
 /// The text of a key of the ConfigMap.
@@ -64,7 +99,7 @@ fn permissions(plane: &ControlPlane, token: &str) -> Result<()> {
         "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": "kube-system"},
     });
     admin.create(collection("ServiceAccount")?, &nobody)?;
-    let everybodys = granted(plane, &account_token(&mut admin, "nobody")?)?;
+    let everybodys = granted(plane, &account_token(&mut admin, "nobody", &Value::Null)?)?;
     let found: BTreeSet<String> = granted(plane, token)?
         .difference(&everybodys)
         .cloned()
@@ -79,9 +114,9 @@ fn permissions(plane: &ControlPlane, token: &str) -> Result<()> {
     Ok(())
 }
 
-fn account_token(admin: &mut Api, account: &str) -> Result<String> {
+fn account_token(admin: &mut Api, account: &str, bound: &Value) -> Result<String> {
     let request = json!({
-        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200},
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200, "boundObjectRef": bound},
     });
     let path = format!("/api/v1/namespaces/kube-system/serviceaccounts/{account}/token");
     let answer = admin.create(&path, &request)?;
@@ -163,6 +198,7 @@ fn collection(kind: &str) -> Result<&'static str> {
     }
 }
 
+const SECRETS: &str = "/api/v1/namespaces/kube-system/secrets";
 /// Those of system:node-proxier, which have Events in them.
 const PERMISSIONS: [&str; 17] = [
     "list services.",

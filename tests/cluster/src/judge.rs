@@ -116,10 +116,11 @@ pub fn run(plane: &ControlPlane, trial: &Trial<'_>, report: &mut Report) -> Resu
         trial.clusters,
         start.elapsed().as_secs_f32()
     );
-    report.check(
-        "every feature in a tenth of the clusters",
-        enough(&seen, trial.clusters),
-    );
+    clear(&mut api)?;
+    let features = enough(&seen, trial.clusters);
+    if trial.clusters >= ENOUGH {
+        report.check("every feature in a tenth of the clusters", features);
+    }
     for (purpose, count) in purposes {
         let named = known.contains(&format!("`{}`", purpose.name()));
         let outcome = named
@@ -206,12 +207,7 @@ fn judge_one(
 
 /// Replaces the last cluster's objects by this one's. Returns the addresses of the endpoint that comes last.
 fn apply(api: &mut Api, cluster: &Cluster, number: u64) -> Result<[IpAddr; 2]> {
-    for (group, kind) in KINDS {
-        for namespace in ["default", "team-a"] {
-            let path = format!("{group}/namespaces/{namespace}/{kind}?labelSelector={LABEL}%3Dyes");
-            api.call("DELETE", &path, None)?;
-        }
-    }
+    clear(api)?;
     let (service, slices, addresses) = generate::sentinel(number, SENTINEL_PORT);
     for object in cluster.services.iter().chain([&service]) {
         let path = path_of(KINDS[0], object);
@@ -236,6 +232,17 @@ fn apply(api: &mut Api, cluster: &Cluster, number: u64) -> Result<[IpAddr; 2]> {
         api.create(&path_of(KINDS[1], object), object)?;
     }
     Ok([parse(&addresses[0]), parse(&addresses[1])])
+}
+
+/// Removes what clusters have left in the API.
+fn clear(api: &mut Api) -> Result<()> {
+    for (group, kind) in KINDS {
+        for namespace in ["default", "team-a"] {
+            let path = format!("{group}/namespaces/{namespace}/{kind}?labelSelector={LABEL}%3Dyes");
+            api.call("DELETE", &path, None)?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes what the API holds as files and returns the Services by namespace and name.
@@ -743,6 +750,8 @@ fn parse(address: &str) -> IpAddr {
         .expect("an address that was checked or is a literal")
 }
 
+/// With fewer clusters a feature may be rare by chance.
+const ENOUGH: u64 = 100;
 const KINDS: [(&str, &str); 2] = [
     ("/api/v1", "services"),
     ("/apis/discovery.k8s.io/v1", "endpointslices"),

@@ -3,7 +3,8 @@
 //! [`programs`] builds etcd, the API server and kube-proxy from their modules and keeps them. [`control_plane`] starts etcd
 //! and the API server in a network namespace, with TLS ([`authority`]) and RBAC; [`api`] speaks to it. [`generate`]
 //! makes clusters, [`kube_proxy`] lets kube-proxy program them, [`iptables`] reads and walks its rules, [`judge`] compares
-//! them with `sluice resolve`. [`deploy`] applies `deploy/manifests.yaml` and holds its permissions to what is asked for.
+//! them with `sluice resolve`. [`deploy`] applies `deploy/manifests.yaml` and holds its permissions to what is asked for;
+//! [`traffic`] runs sluice in the lab with just these.
 //!
 //! Rule to keep: nothing of sluice is linked here. It is judged by its command line and its JSON, its judge by the
 //! kernel's own listing.
@@ -24,3 +25,4 @@ pub mod judge;
 pub mod kube_proxy;
 pub mod programs;
 pub mod report;
+pub mod traffic;

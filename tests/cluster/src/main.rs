@@ -15,6 +15,7 @@ use cluster::deploy;
 use cluster::judge::{self, Trial};
 use cluster::programs;
 use cluster::report::Report;
+use cluster::traffic;
 
 /// Real Kubernetes parts beside sluice.
 #[derive(Debug, Parser)]
@@ -48,14 +49,15 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     let programs = programs::build(&arguments.root)?;
-    let plane = ControlPlane::start(&programs)?;
+    let mut plane = ControlPlane::start(&programs)?;
     println!("the API server is ready");
-    let _token = deploy::run(&plane, &arguments.root, report)?;
+    deploy::run(&plane, &arguments.root, report)?;
     let trial = Trial {
         sluice: &arguments.sluice,
         root: &arguments.root,
         clusters: arguments.clusters,
         seed: arguments.seed,
     };
-    judge::run(&plane, &trial, report)
+    judge::run(&plane, &trial, report)?;
+    traffic::run(&mut plane, &arguments.root, &arguments.sluice, report)
 }
