@@ -59,13 +59,11 @@ pub fn run(bench: &Bench, out: &mut dyn std::io::Write) -> Result<()> {
     manifests::write_all(&sluice::manifests(&lab))?;
     let (mut of_kernel, mut of_sluice) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds {
+        forget_connections(&lab)?;
         kernel::serve(&lab)?;
         of_kernel.push(measure(&lab, bench).context("with nftables")?);
         kernel::remove(&lab)?;
-        // What conntrack still translates would go past the engine.
-        for node in [Site::N1, Site::N2] {
-            lab.at(node).output("conntrack", &["-F"])?;
-        }
+        forget_connections(&lab)?;
         let nodes = start_both(&lab, &bench.settings)?;
         let measured = measure(&lab, bench).context("with sluice");
         if measured.is_err() {
@@ -88,6 +86,15 @@ pub fn run(bench: &Bench, out: &mut dyn std::io::Write) -> Result<()> {
         "median of {rounds} rounds of {seconds} s, {queues} queues, checksum offload {}",
         if tx_off { "off" } else { "on" }
     )?;
+    Ok(())
+}
+
+/// Each side starts without the other's entries in conntrack: a plain one and a translated one of the same ports are in
+/// each other's way.
+fn forget_connections(lab: &Lab) -> Result<()> {
+    for node in [Site::N1, Site::N2] {
+        lab.at(node).output("conntrack", &["-F"])?;
+    }
     Ok(())
 }
 
@@ -277,6 +284,10 @@ impl Drain {
                 let Ok((mut stream, _)) = listener.accept() else {
                     continue;
                 };
+                // It has the listener's, which is there to look at `stop` now and then.
+                if stream.set_read_timeout(None).is_err() {
+                    continue;
+                }
                 let counted = Arc::clone(&counted);
                 readers.push(std::thread::spawn(move || {
                     let mut bytes = vec![0; CHUNK];
