@@ -14,6 +14,7 @@ use control::links::{Link, LinkEvent};
 use control::run::{RunConfig, Update};
 use control::snapshot::DeviceRole;
 use dataplane::engine::{Engine, EngineView};
+use dataplane::steering::DeviceKind;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use parking_lot::{Mutex, RwLock};
 use tokio::signal::unix::{SignalKind, signal};
@@ -69,6 +70,9 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
     admin.stop();
     let engine = engine.lock().take();
     stop_engine(engine, &mut journal)?;
+    if journal.changes().is_empty() {
+        folder.remove()?;
+    }
     waited?;
     Ok(controlled?)
 }
@@ -104,10 +108,11 @@ impl Served {
             .iter()
             .flat_map(|update| &update.resolved.rejected);
         let rejected = rejected.map(|object| {
-            format!(
-                "{} {}/{}: {}",
-                object.kind, object.namespace, object.name, object.reason
-            )
+            let place = match object.namespace.as_str() {
+                "" => object.name.clone(),
+                namespace => format!("{namespace}/{}", object.name),
+            };
+            format!("{} {place}: {}", object.kind, object.reason)
         });
         self.refused
             .values()
@@ -188,7 +193,8 @@ fn run_config(config: &Config, manifests: &Path, engine_on: bool) -> RunConfig {
     RunConfig {
         control: config.control(),
         manifests: manifests.to_owned(),
-        min_interval: config.min_sync_period,
+        // The interval spares the kernel's rule tools; the engine needs no sparing.
+        min_interval: config.min_sync_period.min(BURST),
         snat_addresses: config.engine.snat_addresses.clone(),
         host_scope: host_scope.then(|| undo::HOST_PORT.to_owned()),
     }
@@ -230,7 +236,15 @@ fn take_up(
     let (role, kind) = roles.of(link);
     match kind {
         Some(kind) => engine.steer(link.ifindex, kind, link.mac.unwrap_or_default())?,
-        None if role.uplink.is_none() && link.name != undo::HOST_PORT => {
+        // It is attached since the start: only its MAC may be new.
+        None if role.uplink.is_some() => {
+            engine.steer(
+                link.ifindex,
+                DeviceKind::Uplink,
+                link.mac.unwrap_or_default(),
+            )?;
+        }
+        None if link.name != undo::HOST_PORT => {
             engine.leave(link.ifindex)?;
         }
         None => {}
@@ -272,6 +286,11 @@ fn sources(
 ) -> anyhow::Result<Sources> {
     let grace = config.engine.grace;
     let mirror = config.served_mirror().name();
+    let mirror_reason = if config.mirror == config.served_mirror() {
+        String::new()
+    } else {
+        format!("{} was asked for and is not built", config.mirror.name())
+    };
     let readiness = {
         let (view, served) = (view.clone(), Arc::clone(served));
         move || readiness(view.as_ref(), grace, &served.read())
@@ -283,7 +302,7 @@ fn sources(
             let mut status = report::Status {
                 ready: readiness().ready,
                 problems: served.read().problems(),
-                ..empty_status(mirror, reason.clone())
+                ..empty_status(mirror, mirror_reason.clone(), reason.clone())
             };
             if let Some(view) = &view {
                 observe::engine(view, grace, &mut status);
@@ -339,7 +358,7 @@ fn readiness(view: Option<&EngineView>, grace: Duration, served: &Served) -> Rea
     }
 }
 
-fn empty_status(mirror: &str, reason: String) -> report::Status {
+fn empty_status(mirror: &str, mirror_reason: String, reason: String) -> report::Status {
     report::Status {
         api_version: report::ApiVersion::V1,
         kind: report::StatusKind::Status,
@@ -348,7 +367,7 @@ fn empty_status(mirror: &str, reason: String) -> report::Status {
         mirror: report::Mirror {
             mode: mirror.to_owned(),
             in_sync: true,
-            reason: String::new(),
+            reason: mirror_reason,
         },
         engine: report::Engine {
             state: report::EngineState::Off,
@@ -400,5 +419,7 @@ fn wait_for_stop(has_ended: impl Fn() -> bool) -> anyhow::Result<()> {
     })
 }
 
+/// Changes of Services that come closer together are published together.
+const BURST: Duration = Duration::from_millis(100);
 /// A worker that has not seen a published state for so long does not see any.
 const LATE: Duration = Duration::from_secs(1);

@@ -30,6 +30,12 @@ pub(crate) fn engine(view: &EngineView, grace: Duration, status: &mut report::St
             age.as_millis()
         ));
     }
+    if !host_port.fallback.is_empty() {
+        status.problems.push(format!(
+            "the host port reads and writes packet by packet, io_uring is refused: {}",
+            host_port.fallback
+        ));
+    }
     status.epoch = view.acknowledged();
     status.uplinks = uplinks(view, &reports);
     status.host_port = report::HostPort {

@@ -17,7 +17,7 @@ use crossbeam::channel;
 use crate::counters::{BackendCounts, Connections, SharedCounters, WorkerCounters};
 use crate::device::DeviceReport;
 use crate::device::host::{HostPort, HostPortConfig, HostPortDevice, HostPortError, IoPreference};
-use crate::device::uplink::{Uplink, UplinkConfig, UplinkError, XdpPreference};
+use crate::device::uplink::{Uplink, UplinkConfig, UplinkError, XdpPreference, ring_size_for};
 use crate::flow::Flow;
 use crate::flow::expiry::Timeouts;
 use crate::flow::store::{FlowFile, Layout, StoreError};
@@ -157,6 +157,8 @@ pub struct HostPortView {
     pub ifindex: u32,
     /// Bytes of packet memory that are locked, all workers and devices.
     pub locked_bytes: u64,
+    /// Why io_uring was asked for and is not used; empty where nothing is amiss.
+    pub fallback: String,
 }
 
 #[derive(Debug)]
@@ -221,6 +223,11 @@ impl Engine {
                 .map_or("read_write", |ports| ports.host.io().as_str()),
             ifindex: host_port.ifindex(),
             locked_bytes: ports.iter().map(locked_bytes).sum(),
+            fallback: ports
+                .iter()
+                .find_map(|ports| ports.host.fallback())
+                .map(ToString::to_string)
+                .unwrap_or_default(),
         };
         let published = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let wakers = wakers(config.workers)?;
@@ -469,8 +476,6 @@ impl WorkerView {
 const FLOWS_A_PAGE: usize = 4_096;
 /// How long someone who looks waits for a worker.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Entries of each AF_XDP ring.
-const RING_SIZE: u32 = 2_048;
 
 fn steering_config(config: &EngineConfig, host_port_ifindex: u32) -> SteeringConfig {
     SteeringConfig {
@@ -575,7 +580,7 @@ fn open_uplink(
         device: spec.name.clone(),
         queues,
         xdp: config.xdp,
-        ring_size: RING_SIZE,
+        ring_size: ring_size_for(config.uplinks.iter().map(|uplink| uplink.queues).sum()),
     };
     Ok(Some(Uplink::open(&uplink)?))
 }
@@ -613,7 +618,8 @@ fn attach_uplinks(
 
 fn locked_bytes(ports: &Ports<Uplink, HostPort>) -> u64 {
     let uplinks = ports.uplinks.iter().filter_map(|port| port.device.as_ref());
-    uplinks.map(|uplink| uplink.locked_bytes() as u64).sum()
+    let uplinks: usize = uplinks.map(Uplink::locked_bytes).sum();
+    (uplinks + ports.host.locked_bytes()) as u64
 }
 
 fn wakers(workers: u16) -> Result<Vec<Arc<Waker>>, EngineError> {
