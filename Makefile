@@ -61,4 +61,4 @@ bench: build
 	$(CARGO) bench --workspace
 	target/release/lab bench
 
-ci: check test test-cluster image-root
+ci: check test test-cluster image-root fuzz deny
