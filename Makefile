@@ -5,7 +5,7 @@ CARGO ?= cargo
 FUZZ_SECONDS ?= 60
 DEMO ?=
 
-.PHONY: build demo test test-cluster image-root check fences fuzz deny bench ci
+.PHONY: build demo test test-long test-cluster image-root check fences fuzz deny bench ci
 
 build:
 	@.ci/packages build
@@ -21,6 +21,11 @@ test:
 	$(CARGO) build --release --workspace --bins
 	$(CARGO) test --release --workspace
 	target/release/lab check
+
+# What takes too long for every change.
+test-long:
+	@.ci/packages build
+	.ci/mutations
 
 # Real kube-apiserver, etcd and kube-proxy, built from their Go modules into the user's cache: needs go.
 test-cluster:

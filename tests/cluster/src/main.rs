@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use cluster::configuration;
 use cluster::control_plane::ControlPlane;
 use cluster::deploy;
 use cluster::judge::{self, Trial};
@@ -51,6 +52,7 @@ fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     let programs = programs::build(&arguments.root)?;
     let mut plane = ControlPlane::start(&programs)?;
     println!("the API server is ready");
+    configuration::run(&plane, &arguments.sluice, report);
     deploy::run(&plane, &arguments.root, report)?;
     let trial = Trial {
         sluice: &arguments.sluice,
