@@ -45,13 +45,17 @@ pub fn run(
         println!("skipped  sluice fed by the API server: {why}");
         return Ok(());
     }
+    report.check(
+        "a Service's name is refused as the API server's address",
+        refuses_service_names(plane, &lab, root, binary),
+    );
     let mut story = Story {
         lab: &lab,
         api,
         plane,
         sluice,
     };
-    let steps: [(&str, Step<'_>); 8] = [
+    let steps: [(&str, Step<'_>); 9] = [
         (
             "a Service made through the API is served in the lab",
             Story::create,
@@ -65,6 +69,10 @@ pub fn run(
         (
             "a connection whose packets vanish is noticed: the next change is served",
             Story::black_hole,
+        ),
+        (
+            "an object that is not served has an Event that says so",
+            Story::event,
         ),
         ("a token file that rotates is read again", Story::rotation),
         (
@@ -190,6 +198,38 @@ impl Story<'_> {
             .at(Site::N1)
             .output("nft", &["delete", "table", "inet", "hole"])
             .map(drop)
+    }
+
+    /// Two Services claim one address; the younger one is told.
+    fn event(&mut self) -> Result<()> {
+        for name in ["owner", "claimant"] {
+            let service = json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+                "spec": {"externalIPs": ["203.0.113.77"], "ports": [{"port": 7777}]},
+            });
+            self.api.create(SERVICES, &service)?;
+        }
+        let path = "/api/v1/namespaces/default/events?fieldSelector=involvedObject.name%3Dclaimant";
+        let start = Instant::now();
+        loop {
+            let events = self.api.read(path)?;
+            if events["items"]
+                .as_array()
+                .is_some_and(|items| !items.is_empty())
+            {
+                break;
+            }
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "there is no Event on the younger Service"
+            );
+            sleep(POLL);
+        }
+        for name in ["owner", "claimant"] {
+            self.api
+                .call("DELETE", &format!("{SERVICES}/{name}"), None)?;
+        }
+        Ok(())
     }
 
     /// The first token dies with the object that it is bound to; the second one is in its file before.
@@ -320,6 +360,68 @@ impl Story<'_> {
     }
 }
 
+/// Such a name leads to the API server only while a proxy serves it.
+fn refuses_service_names(
+    plane: &ControlPlane,
+    lab: &Lab,
+    root: &Path,
+    binary: &Path,
+) -> Result<()> {
+    for server in [
+        "https://kubernetes.default.svc",
+        "https://kubernetes.default.svc.cluster.local:443",
+    ] {
+        let dir = lab.dir().join("refused");
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("token"), "none")?;
+        let config = configuration(plane, root, &dir, server)?;
+        let mut command = lab.at(Site::N1).command(binary);
+        command
+            .args(["run", "--hostname-override=n1"])
+            .arg(format!("--config={}", config.display()));
+        command.arg(format!("--state-dir={}", dir.join("state").display()));
+        let log = dir.join("log");
+        log_to(&mut command, &log)?;
+        let mut child = command.spawn().context("start sluice")?;
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if start.elapsed() > Duration::from_secs(5) {
+                child.kill()?;
+                child.wait()?;
+                bail!("it runs with {server}");
+            }
+            sleep(POLL);
+        };
+        let said = tail(&log);
+        ensure!(
+            status.code() == Some(1) && said.contains("server"),
+            "{server}: {status}\n{said}"
+        );
+    }
+    Ok(())
+}
+
+/// Writes the ConfigMap's files into a folder; only places differ from those in a pod.
+fn configuration(plane: &ControlPlane, root: &Path, dir: &Path, server: &str) -> Result<PathBuf> {
+    let place = |name: &str| dir.join(name).display().to_string();
+    let account = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let kubeconfig = deploy::config_map(root, "kubeconfig.conf")?
+        .replace("https://API-SERVER:6443", server)
+        .replace(
+            &format!("{account}/ca.crt"),
+            &plane.certificate().display().to_string(),
+        )
+        .replace(&format!("{account}/token"), &place("token"));
+    fs::write(place("kubeconfig.conf"), kubeconfig)?;
+    let config = deploy::config_map(root, "config.conf")?
+        .replace("/var/lib/sluice/kubeconfig.conf", &place("kubeconfig.conf"));
+    fs::write(place("config.conf"), config)?;
+    Ok(dir.join("config.conf"))
+}
+
 /// A running `sluice run --config`. Dropping it kills it.
 struct Sluice {
     child: Child,
@@ -328,7 +430,7 @@ struct Sluice {
 }
 
 impl Sluice {
-    /// Starts it with the DaemonSet's capabilities and the ConfigMap's files; only places differ from those in a pod.
+    /// Starts it with the DaemonSet's capabilities and the ConfigMap's files.
     fn start(
         plane: &ControlPlane,
         lab: &Lab,
@@ -337,22 +439,8 @@ impl Sluice {
         token: &str,
     ) -> Result<Self> {
         let dir = lab.dir();
-        let place = |name: &str| dir.join(name).display().to_string();
-        fs::write(place("token"), token)?;
-        let kubeconfig = deploy::config_map(root, "kubeconfig.conf")?
-            .replace("https://API-SERVER:6443", &format!("https://{SERVER}"))
-            .replace(
-                "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt",
-                &plane.certificate().display().to_string(),
-            )
-            .replace(
-                "/var/run/secrets/kubernetes.io/serviceaccount/token",
-                &place("token"),
-            );
-        fs::write(place("kubeconfig.conf"), kubeconfig)?;
-        let config = deploy::config_map(root, "config.conf")?
-            .replace("/var/lib/sluice/kubeconfig.conf", &place("kubeconfig.conf"));
-        fs::write(place("config.conf"), config)?;
+        fs::write(dir.join("token"), token)?;
+        let config = configuration(plane, root, dir, &format!("https://{SERVER}"))?;
         let log = dir.join("sluice.log");
         let binary = fs::canonicalize(binary)?;
         let mut command = lab.at(Site::N1).command("setpriv");
@@ -361,8 +449,8 @@ impl Sluice {
             .arg(format!("--bounding-set={}", deploy::capabilities(root)?))
             .arg(binary)
             .args(["run", "--hostname-override=n1"])
-            .arg(format!("--config={}", place("config.conf")))
-            .arg(format!("--state-dir={}", place("state")));
+            .arg(format!("--config={}", config.display()))
+            .arg(format!("--state-dir={}", dir.join("state").display()));
         log_to(&mut command, &log)?;
         let child = command.spawn().context("start sluice")?;
         Ok(Self {
