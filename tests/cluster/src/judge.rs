@@ -202,7 +202,85 @@ fn judge_one(
             lines.join("\n        ")
         );
     }
-    Ok(comparison.purposes)
+    let purposes = std::mem::take(&mut comparison.purposes);
+    for (mistake, wrong) in plant(&resolution, &foreign) {
+        comparison.all(&wrong)?;
+        let found = std::mem::take(&mut comparison.wrong);
+        ensure!(
+            !found.is_empty(),
+            "a planted mistake was not found: {mistake}"
+        );
+    }
+    Ok(purposes)
+}
+
+/// The resolution with one mistake, for several kinds of it: the comparison must find each.
+fn plant(resolution: &Value, foreign: &BTreeSet<(String, String)>) -> Vec<(&'static str, Value)> {
+    type Wrong = fn(&mut Value, usize) -> bool;
+    let kinds: [(&str, Wrong); 6] = [
+        ("a backend is missing", |entry, at| {
+            let frontend = &mut entry["frontends"][at];
+            let inside = frontend["insideBackends"].clone();
+            let Some(list) = frontend["backends"]
+                .as_array_mut()
+                .filter(|list| list.len() > 1)
+            else {
+                return false;
+            };
+            list.pop();
+            inside.is_null()
+        }),
+        ("another port", |entry, at| {
+            let frontend = &mut entry["frontends"][at];
+            let port = frontend["port"].as_u64().unwrap_or(0);
+            frontend["port"] = json!(port + 7);
+            true
+        }),
+        ("never masqueraded", |entry, at| {
+            let frontend = &mut entry["frontends"][at];
+            let is_always =
+                frontend["masquerade"] == "always" && frontend["sourceRanges"] == json!([]);
+            frontend["masquerade"] = json!("never");
+            is_always && frontend["backends"] != json!([])
+        }),
+        ("another answer without backends", |entry, at| {
+            let frontend = &mut entry["frontends"][at];
+            let rejects = frontend["whenEmpty"] == "reject" && frontend["address"] != "*";
+            frontend["whenEmpty"] = json!("drop");
+            rejects && frontend["backends"] == json!([]) && frontend["insideBackends"].is_null()
+        }),
+        ("a source range too few", |entry, at| {
+            let frontend = &mut entry["frontends"][at];
+            let ranges = frontend["sourceRanges"].as_array().into_iter().flatten();
+            // One of everybody's makes the others needless.
+            let narrow = ranges.clone().count() > 0
+                && ranges.clone().all(|range| !text(range).ends_with("/0"));
+            let has_ranges = narrow && frontend["backends"] != json!([]);
+            frontend["sourceRanges"] = json!([]);
+            has_ranges
+        }),
+        ("affinity of another time", |entry, at| {
+            let seconds = entry["affinitySeconds"].as_u64();
+            entry["affinitySeconds"] = json!(seconds.map(|seconds| seconds + 1));
+            seconds.is_some() && entry["frontends"][at]["backends"] != json!([])
+        }),
+    ];
+    let entries = resolution["services"].as_array().map_or(0, Vec::len);
+    let mut planted = Vec::new();
+    for (name, wrong) in kinds {
+        let places = (0..entries).flat_map(|entry| (0..8).map(move |at| (entry, at)));
+        let mut tries = places.filter_map(|(entry, at)| {
+            let found = &resolution["services"][entry];
+            found["frontends"].get(at)?;
+            if foreign.contains(&key(found, "namespace", "name")) {
+                return None;
+            }
+            let mut copy = resolution.clone();
+            wrong(&mut copy["services"][entry], at).then_some((name, copy))
+        });
+        planted.extend(tries.next());
+    }
+    planted
 }
 
 /// Replaces the last cluster's objects by this one's. Returns the addresses of the endpoint that comes last.
