@@ -200,16 +200,16 @@ impl Story<'_> {
             .map(drop)
     }
 
-    /// Two Services claim one address; the younger one is told.
+    /// Two Services claim one address; the older one has it, by name where both are of one second. The other one is told.
     fn event(&mut self) -> Result<()> {
-        for name in ["owner", "claimant"] {
+        for name in ["claim-1", "claim-2"] {
             let service = json!({
                 "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
                 "spec": {"externalIPs": ["203.0.113.77"], "ports": [{"port": 7777}]},
             });
             self.api.create(SERVICES, &service)?;
         }
-        let path = "/api/v1/namespaces/default/events?fieldSelector=involvedObject.name%3Dclaimant";
+        let path = "/api/v1/namespaces/default/events?fieldSelector=involvedObject.name%3Dclaim-2";
         let start = Instant::now();
         loop {
             let events = self.api.read(path)?;
@@ -221,11 +221,11 @@ impl Story<'_> {
             }
             ensure!(
                 start.elapsed() < PATIENCE,
-                "there is no Event on the younger Service"
+                "there is no Event on the other Service"
             );
             sleep(POLL);
         }
-        for name in ["owner", "claimant"] {
+        for name in ["claim-1", "claim-2"] {
             self.api
                 .call("DELETE", &format!("{SERVICES}/{name}"), None)?;
         }
