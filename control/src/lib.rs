@@ -32,7 +32,9 @@ pub mod resolution;
 pub mod run;
 pub mod service;
 pub mod snapshot;
+pub mod source;
 pub mod store;
+pub mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -41,6 +43,8 @@ pub use controller::{ControlConfig, Controller, DetectLocalMode, Event, Rejected
 pub use manifests::{Folder, FolderError};
 pub use resolution::Resolution;
 pub use run::{RunConfig, RunError, Running, Update};
+pub use source::Source;
+pub use watch::ClusterConfig;
 
 /// Reads a folder of manifests once and resolves it. Touches nothing.
 ///
