@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use control::ClusterConfig;
+use control::health::HealthChecks;
 use control::links::{Link, LinkEvent};
 use control::run::{RunConfig, Update};
 use control::snapshot::DeviceRole;
@@ -50,7 +51,7 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
     let admin = admin::start(
         config.admin_address,
         config.healthz_address,
-        sources(&config, view, reason, &served, metrics)?,
+        sources(&config, view.clone(), reason, &served, metrics)?,
     );
     let admin = match admin {
         Ok(admin) => admin,
@@ -59,11 +60,12 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
             return Err(error.into());
         }
     };
+    let checks = health_checks(&config, view, &served);
     let engine = Arc::new(Mutex::new(engine));
     let running = control::run::spawn(
         run_config(&config, engine.lock().is_some()),
         follow(Arc::clone(&engine), roles, Arc::clone(&served)),
-        publish(Arc::clone(&engine), Arc::clone(&served)),
+        publish(Arc::clone(&engine), Arc::clone(&served), checks),
     )?;
     tracing::info!(node = config.node, admin = %admin.address(), healthz = ?admin.healthz_address(), "started");
 
@@ -283,6 +285,7 @@ fn take_up(
 fn publish(
     engine: Arc<Mutex<Option<Engine>>>,
     served: Arc<RwLock<Served>>,
+    mut checks: HealthChecks,
 ) -> impl FnMut(Update) + Send + 'static {
     move |update| {
         let published = engine
@@ -300,8 +303,21 @@ fn publish(
             }
             None => {}
         }
+        checks.follow(&update.resolved);
         served.update = Some(update);
     }
+}
+
+/// What load balancers ask, on the addresses that node ports answer on.
+fn health_checks(
+    config: &Config,
+    view: Option<EngineView>,
+    served: &Arc<RwLock<Served>>,
+) -> HealthChecks {
+    let (grace, served) = (config.engine.grace, Arc::clone(served));
+    HealthChecks::new(config.control().node_port_addresses, move || {
+        readiness(view.as_ref(), grace, &served.read()).ready
+    })
 }
 
 fn sources(

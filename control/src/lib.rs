@@ -21,6 +21,7 @@ pub mod controller;
 mod document;
 pub mod endpoint;
 pub mod folder_watch;
+pub mod health;
 pub mod host_routes;
 pub mod kernel;
 pub mod links;
