@@ -28,6 +28,7 @@ pub mod links;
 pub mod manifests;
 pub mod neighbor;
 pub mod node;
+mod notices;
 pub mod policy;
 pub mod resolution;
 pub mod run;

@@ -22,6 +22,7 @@ use crate::host_routes::{self, HostRoutes};
 use crate::kernel::{Kernel, KernelError};
 use crate::links::{LinkEvent, Links, differences};
 use crate::neighbor::Route;
+use crate::notices::Notices;
 use crate::policy::Frontend;
 use crate::snapshot::{self, DeviceRole, SnapshotMaker};
 use crate::source::{Input, Source, SourceError};
@@ -131,7 +132,8 @@ pub async fn run(
 ) -> Result<(), RunError> {
     let mut stop = std::pin::pin!(stop);
     let mut source = Input::open(&config.source).await?;
-    let mut control = Control::start(config).await?;
+    let notices = source.notices(&config.control.node_name);
+    let mut control = Control::start(config, notices).await?;
     let first = tokio::select! {
         () = &mut stop => return Ok(()),
         first = source.first() => first?,
@@ -166,6 +168,7 @@ struct Control {
     links: Links,
     roles: BTreeMap<u32, DeviceRole>,
     named: BTreeSet<Rejected>,
+    notices: Option<Notices>,
     last: Option<Published>,
     /// Stations that the kernel was asked for lately.
     asked: BTreeSet<(u32, IpAddr)>,
@@ -184,7 +187,7 @@ struct Published {
 }
 
 impl Control {
-    async fn start(config: RunConfig) -> Result<Self, RunError> {
+    async fn start(config: RunConfig, notices: Option<Notices>) -> Result<Self, RunError> {
         let mut kernel = Kernel::connect()?;
         kernel.refresh().await?;
         let is_ours = |route: &Route| route.protocol == host_routes::PROTOCOL;
@@ -201,6 +204,7 @@ impl Control {
             links: Links::new(),
             roles: BTreeMap::new(),
             named: BTreeSet::new(),
+            notices,
             last: None,
             asked: BTreeSet::new(),
             published: None,
@@ -374,6 +378,9 @@ impl Control {
     fn name_rejected(&mut self, resolved: &Resolved) {
         let now: BTreeSet<Rejected> = resolved.rejected.iter().cloned().collect();
         for rejected in now.difference(&self.named) {
+            if let Some(notices) = &self.notices {
+                notices.tell(rejected);
+            }
             let Rejected {
                 kind,
                 namespace,

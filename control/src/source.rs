@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::controller::Event;
 use crate::folder_watch::FolderWatch;
 use crate::manifests::{Folder, FolderError};
+use crate::notices::Notices;
 use crate::watch::{ClusterConfig, WatchError, Watches};
 
 /// What is to be watched.
@@ -48,6 +49,14 @@ impl Input {
             },
             Source::Cluster(config) => Self::Cluster(Box::new(Watches::new(config).await?)),
         })
+    }
+
+    /// Who is told about objects that are not served, besides the log.
+    pub(crate) fn notices(&self, node: &str) -> Option<Notices> {
+        match self {
+            Self::Folder { .. } => None,
+            Self::Cluster(watches) => Some(Notices::start(watches.client().clone(), node)),
+        }
     }
 
     /// All that there is at the start.

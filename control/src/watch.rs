@@ -160,6 +160,7 @@ impl ClusterConfig {
 pub struct Watches {
     events: ReadyChunks<SelectAll<BoxStream<'static, Event>>>,
     host: String,
+    client: Client,
 }
 
 impl Watches {
@@ -186,7 +187,13 @@ impl Watches {
         Ok(Self {
             events: events.ready_chunks(BATCH),
             host,
+            client,
         })
+    }
+
+    /// The client, for what is written.
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
     }
 
     /// What happened since the last call; waits until something has. Nothing is lost if the future
