@@ -5,11 +5,14 @@
 //! control's thread. What is changed on the node is written into the journal before.
 
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use control::ClusterConfig;
+use control::health::HealthChecks;
 use control::links::{Link, LinkEvent};
 use control::run::{RunConfig, Update};
 use control::snapshot::DeviceRole;
@@ -32,23 +35,23 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    let Source::Manifests(manifests) = &config.source else {
-        bail!(
-            "watching the API server is not built yet; name a folder of objects with --manifests"
-        );
-    };
+    if let control::Source::Cluster(cluster) = source(&config) {
+        cluster.check()?;
+    }
+    let node_addresses = node_addresses(&config)?;
     let folder = StateFolder::open(&config.state_dir)?;
     let mut journal = Journal::open(folder.path())?;
     take_back(&mut journal)?;
     let metrics = PrometheusBuilder::new().install_recorder()?;
 
-    let (engine, roles, reason) = start_engine(&config, manifests, folder.path(), &mut journal)?;
+    let (engine, roles, reason) =
+        start_engine(&config, &node_addresses, folder.path(), &mut journal)?;
     let served = Arc::new(RwLock::new(Served::default()));
     let view = engine.as_ref().map(Engine::view);
     let admin = admin::start(
         config.admin_address,
         config.healthz_address,
-        sources(&config, view, reason, &served, metrics)?,
+        sources(&config, view.clone(), reason, &served, metrics)?,
     );
     let admin = match admin {
         Ok(admin) => admin,
@@ -57,11 +60,12 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
             return Err(error.into());
         }
     };
+    let checks = health_checks(&config, view, &served);
     let engine = Arc::new(Mutex::new(engine));
     let running = control::run::spawn(
-        run_config(&config, manifests, engine.lock().is_some()),
+        run_config(&config, engine.lock().is_some()),
         follow(Arc::clone(&engine), roles, Arc::clone(&served)),
-        publish(Arc::clone(&engine), Arc::clone(&served)),
+        publish(Arc::clone(&engine), Arc::clone(&served), checks),
     )?;
     tracing::info!(node = config.node, admin = %admin.address(), healthz = ?admin.healthz_address(), "started");
 
@@ -123,10 +127,35 @@ impl Served {
     }
 }
 
+/// Where control takes objects from.
+fn source(config: &Config) -> control::Source {
+    match &config.source {
+        Source::Manifests(folder) => control::Source::Manifests(folder.clone()),
+        Source::Cluster { kubeconfig } => {
+            let cluster = ClusterConfig::new(kubeconfig.clone(), &config.node);
+            control::Source::Cluster(cluster)
+        }
+    }
+}
+
+/// What the Node object lists, where the engine needs it to find its uplink.
+fn node_addresses(config: &Config) -> anyhow::Result<Vec<IpAddr>> {
+    if config.engine.enabled == Switch::Off || !config.engine.uplinks.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(match source(config) {
+        control::Source::Manifests(folder) => {
+            let resolved = control::resolve_folder(&folder, &config.control())?;
+            resolved.node_addresses.clone()
+        }
+        control::Source::Cluster(cluster) => cluster.node_addresses()?,
+    })
+}
+
 /// Starts the engine where it shall and can run; else says why not.
 fn start_engine(
     config: &Config,
-    manifests: &Path,
+    node_addresses: &[IpAddr],
     folder: &Path,
     journal: &mut Journal,
 ) -> anyhow::Result<(Option<Engine>, Roles, String)> {
@@ -134,7 +163,7 @@ fn start_engine(
     if config.engine.enabled == Switch::Off {
         return Ok(off("switched off by the configuration".to_owned()));
     }
-    let started = try_engine(config, manifests, folder, journal);
+    let started = try_engine(config, node_addresses, folder, journal);
     match started {
         Ok((engine, roles)) => Ok((Some(engine), roles, "uplinks can do native XDP".to_owned())),
         Err(error) => {
@@ -151,11 +180,11 @@ fn start_engine(
 
 fn try_engine(
     config: &Config,
-    manifests: &Path,
+    node_addresses: &[IpAddr],
     folder: &Path,
     journal: &mut Journal,
 ) -> anyhow::Result<(Engine, Roles)> {
-    let uplinks = devices::uplinks(config, manifests)?;
+    let uplinks = devices::uplinks(config, node_addresses)?;
     let reserved = ports::prepare(&config.engine.snat_ports, journal)?;
     for uplink in &uplinks {
         journal.record(Change::Programs {
@@ -188,11 +217,11 @@ fn take_back(journal: &mut Journal) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_config(config: &Config, manifests: &Path, engine_on: bool) -> RunConfig {
+fn run_config(config: &Config, engine_on: bool) -> RunConfig {
     let host_scope = engine_on && config.scope() == Scope::Host;
     RunConfig {
         control: config.control(),
-        manifests: manifests.to_owned(),
+        source: source(config),
         // The interval spares the kernel's rule tools; the engine needs no sparing.
         min_interval: config.min_sync_period.min(BURST),
         snat_addresses: config.engine.snat_addresses.clone(),
@@ -256,6 +285,7 @@ fn take_up(
 fn publish(
     engine: Arc<Mutex<Option<Engine>>>,
     served: Arc<RwLock<Served>>,
+    mut checks: HealthChecks,
 ) -> impl FnMut(Update) + Send + 'static {
     move |update| {
         let published = engine
@@ -273,8 +303,21 @@ fn publish(
             }
             None => {}
         }
+        checks.follow(&update.resolved);
         served.update = Some(update);
     }
+}
+
+/// What load balancers ask, on the addresses that node ports answer on.
+fn health_checks(
+    config: &Config,
+    view: Option<EngineView>,
+    served: &Arc<RwLock<Served>>,
+) -> HealthChecks {
+    let (grace, served) = (config.engine.grace, Arc::clone(served));
+    HealthChecks::new(config.control().node_port_addresses, move || {
+        readiness(view.as_ref(), grace, &served.read()).ready
+    })
 }
 
 fn sources(

@@ -1,6 +1,6 @@
 //! Which devices are uplinks, pods' or overlays': by configuration, name and kind. Decides only.
 
-use std::path::Path;
+use std::net::IpAddr;
 
 use anyhow::{Context, bail};
 use control::kernel::Kernel;
@@ -89,12 +89,14 @@ fn matches(pattern: &str, name: &str) -> bool {
 }
 
 /// The devices towards the wire: those that are named, else the one that holds the node's address.
-pub(crate) fn uplinks(config: &Config, manifests: &Path) -> anyhow::Result<Vec<UplinkSpec>> {
+pub(crate) fn uplinks(
+    config: &Config,
+    node_addresses: &[IpAddr],
+) -> anyhow::Result<Vec<UplinkSpec>> {
     let (links, tables) = kernel()?;
     if config.engine.uplinks.is_empty() {
-        let resolved = control::resolve_folder(manifests, &config.control())?;
         let holds = |ip| tables.addresses.iter().find(|entry| entry.address == ip);
-        let holder = resolved.node_addresses.iter().find_map(|&ip| holds(ip));
+        let holder = node_addresses.iter().find_map(|&ip| holds(ip));
         let Some(holder) = holder else {
             bail!(
                 "no device holds an InternalIP of the Node {}; name the device towards the wire with --uplink",

@@ -21,18 +21,22 @@ pub mod controller;
 mod document;
 pub mod endpoint;
 pub mod folder_watch;
+pub mod health;
 pub mod host_routes;
 pub mod kernel;
 pub mod links;
 pub mod manifests;
 pub mod neighbor;
 pub mod node;
+mod notices;
 pub mod policy;
 pub mod resolution;
 pub mod run;
 pub mod service;
 pub mod snapshot;
+pub mod source;
 pub mod store;
+pub mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -41,6 +45,8 @@ pub use controller::{ControlConfig, Controller, DetectLocalMode, Event, Rejected
 pub use manifests::{Folder, FolderError};
 pub use resolution::Resolution;
 pub use run::{RunConfig, RunError, Running, Update};
+pub use source::Source;
+pub use watch::ClusterConfig;
 
 /// Reads a folder of manifests once and resolves it. Touches nothing.
 ///

@@ -87,6 +87,32 @@ pub enum NodePortAddresses {
     Within(Vec<Cidr>),
 }
 
+impl NodePortAddresses {
+    /// Chooses among the addresses that the Node object lists and all local ones; `None` stands for
+    /// every one.
+    #[must_use]
+    pub fn select(&self, listed: &[IpAddr], all: &BTreeSet<IpAddr>) -> Option<BTreeSet<IpAddr>> {
+        match self {
+            Self::All => None,
+            Self::Primary => {
+                let first = |family| {
+                    let mut listed = listed.iter().copied();
+                    listed.find(|ip| Family::of(*ip) == family)
+                };
+                Some(Family::BOTH.into_iter().filter_map(first).collect())
+            }
+            Self::Within(ranges) => {
+                let within = |ip: &IpAddr| {
+                    let family = Family::of(*ip);
+                    let mut own = ranges.iter().filter(|range| range.family() == family);
+                    own.clone().next().is_none() || own.any(|range| range.contains(*ip))
+                };
+                Some(all.iter().copied().filter(within).collect())
+            }
+        }
+    }
+}
+
 /// This node among the others.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Topology {
@@ -166,26 +192,7 @@ impl Topology {
     /// The addresses that answer NodePorts; `None` stands for every one.
     #[must_use]
     pub fn node_port_addresses(&self, wanted: &NodePortAddresses) -> Option<BTreeSet<IpAddr>> {
-        match wanted {
-            NodePortAddresses::All => None,
-            NodePortAddresses::Primary => Some(
-                Family::BOTH
-                    .into_iter()
-                    .filter_map(|family| {
-                        let mut own = self.own_addresses().iter().copied();
-                        own.find(|ip| Family::of(*ip) == family)
-                    })
-                    .collect(),
-            ),
-            NodePortAddresses::Within(ranges) => {
-                let within = |ip: &IpAddr| {
-                    let family = Family::of(*ip);
-                    let mut own = ranges.iter().filter(|range| range.family() == family);
-                    own.clone().next().is_none() || own.any(|range| range.contains(*ip))
-                };
-                Some(self.addresses().into_iter().filter(within).collect())
-            }
-        }
+        wanted.select(self.own_addresses(), &self.addresses())
     }
 
     /// The pod ranges of this node.

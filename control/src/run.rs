@@ -1,6 +1,6 @@
-//! The loop: files and kernel in, snapshots out.
+//! The loop: objects and kernel in, snapshots out.
 //!
-//! One async task on one thread. It waits until a manifest, a device, an address, a route or a
+//! One async task on one thread. It waits until an object, a device, an address, a route or a
 //! neighbour changed, folds what came together, and publishes one snapshot. Changes of services are
 //! published no more often than the minimum interval; devices, routes and neighbours do not wait.
 //! It does not wait for workers, and it decides nothing. Failures after the start are logged and
@@ -8,7 +8,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,22 +18,22 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
 
 use crate::address::Family;
 use crate::controller::{ControlConfig, Controller, Event, Rejected, Resolved};
-use crate::folder_watch::FolderWatch;
 use crate::host_routes::{self, HostRoutes};
 use crate::kernel::{Kernel, KernelError};
 use crate::links::{LinkEvent, Links, differences};
-use crate::manifests::{Changes, Folder, FolderError};
 use crate::neighbor::Route;
+use crate::notices::Notices;
 use crate::policy::Frontend;
 use crate::snapshot::{self, DeviceRole, SnapshotMaker};
+use crate::source::{Input, Source, SourceError};
 
 /// What the loop needs to know.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RunConfig {
     /// How services are resolved.
     pub control: ControlConfig,
-    /// The folder of manifests.
-    pub manifests: PathBuf,
+    /// Where objects come from.
+    pub source: Source,
     /// Least time between two changes of services.
     pub min_interval: Duration,
     /// Configured SNAT addresses, one per family at most.
@@ -55,9 +54,9 @@ pub struct Update {
 /// Why the loop did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The manifests cannot be read at all.
+    /// The source cannot be read at all.
     #[error(transparent)]
-    Folder(#[from] FolderError),
+    Source(#[from] SourceError),
     /// The kernel's tables cannot be read at all.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -124,27 +123,32 @@ pub fn spawn(
 /// snapshot that knows it, and answers what the engine does with it; `publish` for each snapshot.
 ///
 /// # Errors
-/// Folder or kernel cannot be read at the start.
+/// Source or kernel cannot be read at the start.
 pub async fn run(
     config: RunConfig,
     mut link: impl FnMut(&LinkEvent) -> DeviceRole,
     mut publish: impl FnMut(Update),
     stop: impl Future<Output = ()>,
 ) -> Result<(), RunError> {
-    let mut watch = FolderWatch::new(&config.manifests);
-    let mut control = Control::start(config).await?;
+    let mut stop = std::pin::pin!(stop);
+    let mut source = Input::open(&config.source).await?;
+    let notices = source.notices(&config.control.node_name);
+    let mut control = Control::start(config, notices).await?;
+    let first = tokio::select! {
+        () = &mut stop => return Ok(()),
+        first = source.first() => first?,
+    };
+    control.take(first);
     let mut resync = interval_at(Instant::now() + RESYNC, RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut doubt = interval_at(Instant::now() + DOUBT, DOUBT);
     doubt.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut stop = std::pin::pin!(stop);
     loop {
         control.turn(&mut link, &mut publish).await;
         let due = control.due();
-        let poll = control.poll();
         tokio::select! {
             () = &mut stop => break,
-            changes = watch.changed(poll) => control.look(&changes),
+            events = source.next() => control.take(events),
             () = control.kernel.changed() => sleep(FOLD).await,
             _ = resync.tick() => control.kernel.distrust(),
             _ = doubt.tick() => control.doubt(),
@@ -157,7 +161,6 @@ pub async fn run(
 
 struct Control {
     config: RunConfig,
-    folder: Folder,
     kernel: Kernel,
     controller: Controller,
     maker: SnapshotMaker,
@@ -165,6 +168,7 @@ struct Control {
     links: Links,
     roles: BTreeMap<u32, DeviceRole>,
     named: BTreeSet<Rejected>,
+    notices: Option<Notices>,
     last: Option<Published>,
     /// Stations that the kernel was asked for lately.
     asked: BTreeSet<(u32, IpAddr)>,
@@ -183,7 +187,7 @@ struct Published {
 }
 
 impl Control {
-    async fn start(config: RunConfig) -> Result<Self, RunError> {
+    async fn start(config: RunConfig, notices: Option<Notices>) -> Result<Self, RunError> {
         let mut kernel = Kernel::connect()?;
         kernel.refresh().await?;
         let is_ours = |route: &Route| route.protocol == host_routes::PROTOCOL;
@@ -191,22 +195,16 @@ impl Control {
             // Of a process that was killed: host processes would send into nowhere.
             warn("an old route stays", host_routes::remove_all().await);
         }
-        let mut folder = Folder::new(&config.manifests);
-        let mut controller = Controller::new(config.control.clone());
-        folder
-            .scan()?
-            .into_iter()
-            .for_each(|event| controller.handle(event));
         Ok(Self {
+            controller: Controller::new(config.control.clone()),
             config,
-            folder,
             kernel,
-            controller,
             maker: SnapshotMaker::new(),
             host_routes: HostRoutes::default(),
             links: Links::new(),
             roles: BTreeMap::new(),
             named: BTreeSet::new(),
+            notices,
             last: None,
             asked: BTreeSet::new(),
             published: None,
@@ -370,27 +368,19 @@ impl Control {
         Some((device.ifindex, host_routes::wanted(resolved, &sources)))
     }
 
-    fn look(&mut self, changes: &Changes) {
-        match self.folder.scan_after(changes) {
-            Ok(events) => events
-                .into_iter()
-                .for_each(|event| self.controller.handle(event)),
-            Err(error) => tracing::warn!("{error}; what was read last stays"),
-        }
-    }
-
-    fn poll(&self) -> Duration {
-        if self.folder.has_links() {
-            POLL_LINKS
-        } else {
-            POLL
-        }
+    fn take(&mut self, events: Vec<Event>) {
+        events
+            .into_iter()
+            .for_each(|event| self.controller.handle(event));
     }
 
     /// Each thing that is not served is named once in the log, and once more when it is mended.
     fn name_rejected(&mut self, resolved: &Resolved) {
         let now: BTreeSet<Rejected> = resolved.rejected.iter().cloned().collect();
         for rejected in now.difference(&self.named) {
+            if let Some(notices) = &self.notices {
+                notices.tell(rejected);
+            }
             let Rejected {
                 kind,
                 namespace,
@@ -431,7 +421,3 @@ const RESYNC: Duration = Duration::from_secs(30);
 const DOUBT: Duration = Duration::from_secs(10);
 /// How many stations are looked after.
 const STATIONS: usize = 1024;
-/// How often to look at files although nothing was told.
-const POLL: Duration = Duration::from_secs(10);
-/// The same where links lead somewhere else.
-const POLL_LINKS: Duration = Duration::from_millis(500);

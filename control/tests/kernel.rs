@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use control::links::{LinkEvent, LinkKind};
 use control::run::{Running, spawn};
 use control::snapshot::DeviceRole;
-use control::{ControlConfig, RunConfig, Update, host_routes};
+use control::{ControlConfig, RunConfig, Source, Update, host_routes};
 use dataplane::net::Protocol;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -86,7 +86,7 @@ impl Lab {
                 node_name: "n1".into(),
                 ..ControlConfig::default()
             },
-            manifests: folder.path().to_owned(),
+            source: Source::Manifests(folder.path().to_owned()),
             min_interval: MIN_INTERVAL,
             snat_addresses: Vec::new(),
             host_scope: host_scope.map(Into::into),
