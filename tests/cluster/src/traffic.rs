@@ -40,11 +40,7 @@ pub fn run(
     let mut api = plane.client(Identity::Administrator)?;
     set_nodes(&mut api)?;
     let token = deploy::bound_token(&mut api, "first")?;
-    let mut sluice = Sluice::start(plane, &lab, root, binary, &token)?;
-    if let Some(why) = sluice.lacks_watches()? {
-        println!("skipped  sluice fed by the API server: {why}");
-        return Ok(());
-    }
+    let sluice = Sluice::start(plane, &lab, root, binary, &token)?;
     report.check(
         "a Service's name is refused as the API server's address",
         refuses_service_names(plane, &lab, root, binary),
@@ -458,24 +454,6 @@ impl Sluice {
             log,
             token: dir.join("token"),
         })
-    }
-}
-
-impl Sluice {
-    /// What it says if it cannot watch the API server.
-    fn lacks_watches(&mut self) -> Result<Option<String>> {
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(3) {
-            if self.child.try_wait()?.is_some() {
-                let log = fs::read_to_string(&self.log)?;
-                let line = log
-                    .lines()
-                    .find(|line| line.contains("is not built yet; name a folder"));
-                return Ok(line.map(str::to_owned));
-            }
-            sleep(POLL);
-        }
-        Ok(None)
     }
 }
 
