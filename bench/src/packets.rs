@@ -12,6 +12,19 @@ use etherparse::PacketBuilder;
 /// If the tuple mixes families or the payload does not fit a packet.
 #[must_use]
 pub fn frame(tuple: &Tuple, payload: usize) -> Vec<u8> {
+    written(tuple, payload, false)
+}
+
+/// The same as the first packet of a connection: TCP's SYN flag alone is set.
+///
+/// # Panics
+/// As `frame`.
+#[must_use]
+pub fn opening(tuple: &Tuple, payload: usize) -> Vec<u8> {
+    written(tuple, payload, true)
+}
+
+fn written(tuple: &Tuple, payload: usize, opens: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     let payload = vec![0xa5; payload];
     let ends = (tuple.source.port.0, tuple.destination.port.0);
@@ -29,9 +42,9 @@ pub fn frame(tuple: &Tuple, payload: usize) -> Vec<u8> {
         _ => panic!("a tuple of two families"),
     };
     let written = if tuple.protocol == Protocol::TCP {
-        ip.tcp(ends.0, ends.1, 1000, 512)
-            .ack(1)
-            .write(&mut bytes, &payload)
+        let tcp = ip.tcp(ends.0, ends.1, 1000, 512);
+        let tcp = if opens { tcp.syn() } else { tcp.ack(1) };
+        tcp.write(&mut bytes, &payload)
     } else {
         ip.udp(ends.0, ends.1).write(&mut bytes, &payload)
     };
