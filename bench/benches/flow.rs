@@ -2,6 +2,7 @@
 //! million flows in random order. One element is one packet, or one flow that came and went.
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use bench::workload::{self, Family};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -127,5 +128,12 @@ fn come_and_go(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, hit, hit_in_batches, miss, come_and_go);
+fn short() -> Criterion {
+    Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+}
+
+criterion_group! { name = benches; config = short(); targets = hit, hit_in_batches, miss, come_and_go }
 criterion_main!(benches);

@@ -3,6 +3,7 @@
 //! What was rewritten is checked afterwards by full sums.
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use bench::packets;
 use bench::workload::{self, Family};
@@ -77,5 +78,12 @@ fn complete_frames(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, parse_frames, rewrite_frames, complete_frames);
+fn short() -> Criterion {
+    Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+}
+
+criterion_group! { name = benches; config = short(); targets = parse_frames, rewrite_frames, complete_frames }
 criterion_main!(benches);

@@ -5,6 +5,7 @@
 //! if epoch moved: snapshot = load       // one atomic read per batch
 //! for port in ports:                    // uplink queues, the host queue, hand-over rings
 //!     port.receive(&mut batch)
+//!     look_ahead(&batch)                // many flows: theirs are brought into the cache
 //!     for frame: verdict = pipeline.process(packet, now, &snapshot)
 //!                apply(pipeline.events) // the maps the programs read, before the packet leaves
 //!                send, punt, answer, hand over or free
@@ -259,10 +260,11 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
             uplink,
             ifindex: port.ifindex,
         };
-        let count = port
-            .device
-            .as_mut()
-            .map_or(0, |device| device.receive(&mut batch));
+        let count = port.device.as_mut().map_or(0, |device| {
+            let count = device.receive(&mut batch);
+            look_ahead(&self.pipeline, device, &batch);
+            count
+        });
         for (frame, vnet) in batch.drain(..) {
             let meta = Meta {
                 door,
@@ -280,6 +282,7 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
     fn take_host(&mut self, now: Instant, snapshot: &Snapshot) -> usize {
         let mut batch = std::mem::take(&mut self.batch);
         let count = self.ports.host.receive(&mut batch);
+        look_ahead(&self.pipeline, &mut self.ports.host, &batch);
         for (frame, vnet) in batch.drain(..) {
             self.counters.received += 1;
             let bytes = self.ports.host.bytes(&frame);
@@ -490,6 +493,20 @@ impl<U: Device, H: Device, C: Clock> Worker<U, H, C> {
         }
         self.waker.awake();
     }
+}
+
+/// A batch's waits for memory overlap instead of adding up.
+fn look_ahead(pipeline: &Pipeline, device: &mut impl Device, batch: &Batch) {
+    if batch.len() < 2 || !pipeline.outgrows_cache() {
+        return;
+    }
+    let mut hashes = [0; BATCH];
+    let mut count = 0;
+    for (slot, (frame, _)) in hashes.iter_mut().zip(batch) {
+        *slot = pipeline.flow_hash(device.bytes(frame)).unwrap_or(0);
+        count += 1;
+    }
+    pipeline.warm(hashes.get(..count).unwrap_or_default());
 }
 
 impl<U: Device, H: Device> Ports<U, H> {

@@ -172,6 +172,8 @@ const ANSWER_SIZE: usize = 1_536;
 const NO_SERVICE: u32 = u32::MAX;
 const CURSORS: usize = 1 << 16;
 const EVENTS: usize = 256;
+/// At 128 bytes each and their index they fill a second-level cache.
+const MANY_FLOWS: usize = 8_192;
 /// How many flows one call of `expire` ends at most.
 pub const EXPIRY_BUDGET: u32 = 64;
 
@@ -240,6 +242,25 @@ impl Pipeline {
             Some((id, direction)) => self.existing(&mut step, id, direction, class),
             None => self.missing(&mut step, class),
         }
+    }
+
+    /// Whether there are more flows than a core's cache holds, so that `warm` pays.
+    #[must_use]
+    pub fn outgrows_cache(&self) -> bool {
+        self.flows.len() >= MANY_FLOWS
+    }
+
+    /// Where the packet's flow would stand, to be given to `warm`.
+    #[must_use]
+    pub fn flow_hash(&self, bytes: &[u8]) -> Option<u64> {
+        let headers = packet::parse(bytes).ok()?;
+        Some(self.flows.hash(&headers.tuple))
+    }
+
+    /// Brings the flows of the packets that come next into the cache, all at once instead of one
+    /// after the other. Changes nothing.
+    pub fn warm(&self, hashes: &[u64]) {
+        self.flows.warm(hashes);
     }
 
     /// Gives up flows whose time has come; bounded work.
