@@ -29,6 +29,8 @@ use dataplane::worker::{Ports, UplinkPort, Worker, WorkerParts};
 const SIZES: [u32; 2] = [1_000, 1_000_000];
 /// Flows from this number on are not among those of a load.
 const STRANGERS: u32 = 8_000_000;
+/// Of a worker's device: two batches.
+const CHUNKS: u32 = 128;
 
 struct Counting;
 
@@ -270,7 +272,7 @@ type Alone = Worker<MemoryDevice, MemoryDevice, TestClock>;
 
 /// A worker with one queue of one uplink, turned by hand.
 fn alone(load: Load) -> Alone {
-    let device = || MemoryDevice::new(2 * BATCH as u32, 2_048);
+    let device = || MemoryDevice::new(CHUNKS, 2_048);
     let (_, requests) = crossbeam::channel::bounded(1);
     Worker::new(WorkerParts {
         id: WorkerId(0),
