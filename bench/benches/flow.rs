@@ -41,7 +41,9 @@ fn hit(criterion: &mut Criterion) {
             workload::shuffle(&mut tuples);
             let mut order = tuples.chunks_exact(BATCH).cycle();
             let id = BenchmarkId::new(family.name(), size);
+            let mut ran = false;
             group.bench_function(id, |bencher| {
+                ran = true;
                 bencher.iter(|| {
                     for tuple in order.next().unwrap_or_default() {
                         let (id, direction) = table.find(tuple).expect("a known tuple");
@@ -50,7 +52,10 @@ fn hit(criterion: &mut Criterion) {
                 });
             });
             let counted: u64 = table.iter().map(|(_, flow)| flow.packets[0]).sum();
-            assert!(counted > 0, "no packet of the original direction was seen");
+            assert!(
+                counted > 0 || !ran,
+                "no packet of the original direction was seen"
+            );
         }
     }
     group.finish();
