@@ -135,8 +135,12 @@ pub async fn run(
     let notices = source.notices(&config.control.node_name);
     let mut control = Control::start(config, notices).await?;
     let first = tokio::select! {
-        () = &mut stop => return Ok(()),
-        first = source.first() => first?,
+        () = &mut stop => None,
+        first = source.first() => Some(first),
+    };
+    let Some(Ok(first)) = first else {
+        control.stop().await;
+        return first.map_or(Ok(()), |first| first.map(drop).map_err(RunError::from));
     };
     control.take(first);
     let mut resync = interval_at(Instant::now() + RESYNC, RESYNC);

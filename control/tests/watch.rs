@@ -217,6 +217,73 @@ async fn a_list_that_changes_nothing_resolves_to_the_same() {
     assert_eq!(fed.controller.resolve().services, before.services);
 }
 
+/// Any history with cuts, forgotten versions and outages ends where a fresh list begins.
+#[tokio::test]
+async fn after_any_history_there_is_what_a_fresh_list_says() {
+    let server = server(true).await;
+    let mut fed = Fed::start(&server).await;
+    let mut chance = Chance(7);
+    let mut alive = BTreeSet::new();
+    for step in 0..400 {
+        let path = [SERVICES, SLICES][chance.below(2)];
+        let number = chance.below(12);
+        let key = (path, number);
+        match chance.below(40) {
+            0 => server.cut(),
+            1 if step % 4 == 0 => {
+                server.cut();
+                server.forget();
+            }
+            2 if step % 8 == 0 => {
+                server.go_away();
+                server.come_back().await;
+            }
+            3..20 if alive.contains(&key) => {
+                let suffix = if path == SLICES { "-1" } else { "" };
+                server.delete(path, &format!("default/s{number}{suffix}"));
+                alive.remove(&key);
+            }
+            _ => {
+                let name = format!("s{number}");
+                let text = if path == SLICES {
+                    slice(&name, &format!("10.244.2.{}", 1 + chance.below(200)))
+                } else {
+                    service(&name, &format!("10.96.1.{number}"))
+                };
+                server.put(path, &text);
+                alive.insert(key);
+            }
+        }
+        let taken = tokio::time::timeout(Duration::from_millis(1), fed.watches.next()).await;
+        for event in taken.into_iter().flatten() {
+            fed.controller.handle(event);
+        }
+    }
+    let wanted = Fed::start(&server).await.controller.resolve();
+    assert!(wanted.services.len() > 2);
+    let started = Instant::now();
+    while fed.controller.resolve().services != wanted.services {
+        let left = PATIENCE.saturating_sub(started.elapsed());
+        let events = tokio::time::timeout(left, fed.watches.next()).await;
+        for event in events.expect("the tables become the same") {
+            fed.controller.handle(event);
+        }
+    }
+}
+
+/// Numbers that look random and are the same in each run.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(self.0 >> 33).expect("31 bits") % limit
+    }
+}
+
 #[tokio::test]
 async fn an_api_server_behind_a_service_of_its_own_is_refused() {
     let server = server(true).await;
