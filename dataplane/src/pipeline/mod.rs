@@ -218,6 +218,10 @@ impl Pipeline {
         if headers.fragment != Fragment::None {
             return self.refuse(packet, DropReason::Fragment);
         }
+        if headers.tuple.protocol == Protocol::SCTP {
+            // Its CRC32c covers the ports (RFC 9260 section 6.8), which no incremental update mends.
+            return Self::unknown(&packet.meta.door);
+        }
         if packet.meta.checksum == ChecksumState::Suspect {
             if checksum::is_partial(packet.bytes, &headers) {
                 checksum::complete(packet.bytes, &headers);
@@ -376,15 +380,15 @@ impl Pipeline {
             }
             Class::Orphan if may_begin(step.headers) => match self.bind_direct(step) {
                 Some(Ok(id)) => self.existing(step, id, Direction::Original, class),
-                Some(Err(_)) | None => Self::unknown(step),
+                Some(Err(_)) | None => Self::unknown(&step.packet.meta.door),
             },
-            Class::Reply | Class::Orphan => Self::unknown(step),
+            Class::Reply | Class::Orphan => Self::unknown(&step.packet.meta.door),
         }
     }
 
     /// None of ours, whatever the steering thought.
-    const fn unknown(step: &Step<'_, '_>) -> Verdict {
-        match step.packet.meta.door {
+    const fn unknown(door: &Door) -> Verdict {
+        match door {
             Door::Uplink { .. } | Door::Host(Origin::Steered { .. }) => Verdict::Punt,
             Door::Host(Origin::Host) => Verdict::Drop(DropReason::NoFlow),
         }
