@@ -63,6 +63,7 @@ deny:
 
 bench: build
 	@.ci/packages lab
+	@.ci/packages bench
 	$(CARGO) bench --workspace
 	target/release/lab bench
 
